@@ -90,4 +90,7 @@ def table(rows: list[tuple[str, Row]], stream=None) -> None:
     stream = stream or sys.stdout
     for file, row in rows:
         verdict = "ok" if row.ok else "FAIL"
-        print(f"{verdict:4} {file:44} {row.array:44} {row.max_abs:10.3e} {row.max_rel:10.3e}  {row.tolerance}", file=stream)
+        print(
+            f"{verdict:4} {file:44} {row.array:44} {row.max_abs:10.3e} {row.max_rel:10.3e}  {row.tolerance}",
+            file=stream,
+        )

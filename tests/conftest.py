@@ -11,15 +11,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import pytest
-
-
-def _shared() -> pathlib.Path:
-    root = pathlib.Path(__file__).resolve().parent.parent
-    return (root / os.environ.get("EMJAX_SHARED", "../shared")).resolve()
+from shared_folder import SHARED
 
 
 def _folder(name: str) -> pathlib.Path:
-    folder = _shared() / name
+    folder = SHARED / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set EMJAX_SHARED to the folder that holds {name}/")
     return folder

@@ -34,7 +34,9 @@ def imported_modules(path: pathlib.Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "emjax" else [node.module]
+            names += (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "emjax" else [node.module]
+            )
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             raise AssertionError(f"{path}: relative import; write the full name")
     return [name for name in names if name == "emjax" or name.startswith("emjax.")]

@@ -4,11 +4,11 @@ import pathlib
 
 import parity
 import pytest
-from conftest import _shared
+from shared_folder import SHARED
 
 
 def _parameters() -> list:
-    root = _shared() / "oracles"
+    root = SHARED / "oracles"
     if not root.is_dir():
         return [pytest.param(None, marks=pytest.mark.skip(reason=f"{root} is not there; set EMJAX_SHARED"))]
     parameters = []
@@ -25,4 +25,6 @@ def _parameters() -> list:
 @pytest.mark.parametrize("path", _parameters())
 def test_oracle_file(path: pathlib.Path):
     wrong = [row for row in parity.run_file(path) if not row.ok]
-    assert not wrong, "\n".join(f"{row.array}: {row.max_abs:g} abs, {row.max_rel:g} rel, {row.tolerance}" for row in wrong)
+    assert not wrong, "\n".join(
+        f"{row.array}: {row.max_abs:g} abs, {row.max_rel:g} rel, {row.tolerance}" for row in wrong
+    )
