@@ -1,0 +1,354 @@
+"""Watershed of an affinity graph by steepest ascent: the fragments that agglomeration starts from.
+
+Zlateski and Seung, "Image segmentation by size-dependent single linkage clustering of a watershed basin graph" (2015),
+with the order of waterz among equal affinities, so that ids are equal to waterz's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from emjax.postprocess.threads import check_threads, each, ranges
+from emjax.postprocess.volumes import LARGEST_ID, NEAREST, check_limits, nearest_channels
+
+# A voxel's byte: one bit for each direction that it drains to, in waterz's order -z, -y, -x, +z, +y, +x.
+DIRECTIONS = np.uint8(0x3F)
+# Its steepest affinity is at least `high`: such a plateau has no outlet, so it is never divided.
+SATURATED = np.uint8(0x40)
+REACHED = np.uint8(0x80)
+
+
+def byte_limits(low: np.float32, high: np.float32) -> tuple[np.uint8, np.uint8] | None:
+    """(low, high) among uint8 levels v = float32(v) / float32(255); None if even level 0 lies above ``low``."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    background = np.flatnonzero(levels <= low)
+    saturated = np.flatnonzero(levels >= high)
+    if background.size == 0:
+        return None
+    # No level reaches `high`: 255 does no harm, as a voxel whose steepest level is 255 flags that level anyway.
+    return np.uint8(background[-1]), np.uint8(saturated[0] if saturated.size else 255)
+
+
+@njit(nogil=True, cache=True)
+def _flag_slab(az, ay, ax, low, high, flags, z0, z1):
+    """Sets ``flags[z0:z1]``; returns how many plateau voxels it holds, and whether an affinity is not a number."""
+    depth, height, width = az.shape
+    nz = np.empty(width, az.dtype)
+    pz = np.empty(width, az.dtype)
+    ny = np.empty(width, az.dtype)
+    py = np.empty(width, az.dtype)
+    nx = np.empty(width + 1, az.dtype)
+    many = 0
+    invalid = 0
+    for z in range(z0, z1):
+        for y in range(height):
+            for x in range(width):
+                nz[x] = az[z, y, x] if z > 0 else low
+            for x in range(width):
+                pz[x] = az[z + 1, y, x] if z + 1 < depth else low
+            for x in range(width):
+                ny[x] = ay[z, y, x] if y > 0 else low
+            for x in range(width):
+                py[x] = ay[z, y + 1, x] if y + 1 < height else low
+            for x in range(width):
+                nx[x] = ax[z, y, x]
+            nx[0] = low
+            nx[width] = low
+            wrong = 0
+            for x in range(width):
+                wrong |= (nz[x] != nz[x]) | (ny[x] != ny[x]) | (nx[x] != nx[x])
+            invalid |= wrong
+            plateau = 0
+            for x in range(width):
+                a = nz[x]
+                b = ny[x]
+                c = nx[x]
+                d = pz[x]
+                e = py[x]
+                f = nx[x + 1]
+                m = a if a > b else b
+                m = c if c > m else m
+                m = d if d > m else m
+                m = e if e > m else m
+                m = f if f > m else m
+                t = m if m < high else high
+                bits = (
+                    np.uint8(a >= t)
+                    | (np.uint8(b >= t) << np.uint8(1))
+                    | (np.uint8(c >= t) << np.uint8(2))
+                    | (np.uint8(d >= t) << np.uint8(3))
+                    | (np.uint8(e >= t) << np.uint8(4))
+                    | (np.uint8(f >= t) << np.uint8(5))
+                )
+                bits |= np.uint8(m >= high) << np.uint8(6)
+                bits = bits if m > low else np.uint8(0)
+                flags[z, y, x] = bits
+                plateau += np.uint8((bits & np.uint8(bits - np.uint8(1))) != 0) & np.uint8((bits & SATURATED) == 0)
+            many += plateau
+    return many, invalid
+
+
+@njit(nogil=True, cache=True)
+def _outlets(flags, height, width, start, stop, queue):
+    """Lists the plateau voxels in ``[start, stop)`` that drain to a voxel which does not drain back; returns how many."""
+    steps = (-height * width, -width, -1, height * width, width, 1)
+    count = 0
+    for i in range(start, stop):
+        f = flags[i]
+        if f & np.uint8(f - np.uint8(1)) == 0 or f & SATURATED:
+            continue
+        for d in range(6):
+            if f >> np.uint8(d) & 1 and not flags[i + steps[d]] >> np.uint8((d + 3) % 6) & 1:
+                queue[count] = i
+                count += 1
+                break
+    return count
+
+
+@njit(nogil=True, cache=True)
+def _divide_plateaus(flags, height, width, queue, count):
+    """Breadth-first from the outlets, each plateau voxel keeps its last direction to a voxel that does not drain back."""
+    steps = (-height * width, -width, -1, height * width, width, 1)
+    for k in range(count):
+        flags[queue[k]] |= REACHED
+    head = 0
+    while head < count:
+        i = queue[head]
+        head += 1
+        f = flags[i]
+        kept = np.uint8(0)
+        for d in range(6):
+            if not f >> np.uint8(d) & 1:
+                continue
+            j = i + steps[d]
+            g = flags[j]
+            if g >> np.uint8((d + 3) % 6) & 1:
+                if g & REACHED == 0 and (g & DIRECTIONS) & np.uint8((g & DIRECTIONS) - np.uint8(1)):
+                    flags[j] = g | REACHED
+                    queue[count] = j
+                    count += 1
+            else:
+                kept = np.uint8(1 << d)
+        flags[i] = kept | REACHED
+
+
+@njit(nogil=True, cache=True)
+def _link_row(flags, at, height, width, joins_y, joins_z, link):
+    """Bits 1, 2, 4 of ``link[x]``: the voxel is joined to its neighbour at -z, -y, -x. Returns the number of new labels."""
+    up = at - width if joins_y else at
+    back = at - height * width if joins_z else at
+    mask_y = np.uint8(2) if joins_y else np.uint8(0)
+    mask_z = np.uint8(1) if joins_z else np.uint8(0)
+    mask = np.uint8(4) | mask_y | mask_z
+    fresh = 0
+    f = flags[at]
+    bits = (f | ((flags[back] >> np.uint8(3)) & mask_z) | ((flags[up] >> np.uint8(3)) & mask_y)) & (mask_y | mask_z)
+    link[0] = bits
+    fresh += np.uint8(bits == 0) & np.uint8(f != 0)
+    for x in range(1, width):
+        f = flags[at + x]
+        bits = (
+            f
+            | ((flags[back + x] >> np.uint8(3)) & mask_z)
+            | ((flags[up + x] >> np.uint8(3)) & mask_y)
+            | ((flags[at + x - 1] >> np.uint8(3)) & np.uint8(4))
+        ) & mask
+        link[x] = bits
+        fresh += np.uint8(bits == 0) & np.uint8(f != 0)
+    return fresh
+
+
+@njit(nogil=True, cache=True)
+def _count_slab(flags, height, width, z0, z1):
+    """How many provisional labels ``_label_slab`` will use."""
+    link = np.empty(width, np.uint8)
+    fresh = 0
+    for z in range(z0, z1):
+        for y in range(height):
+            fresh += _link_row(flags, (z * height + y) * width, height, width, y > 0, z > z0, link)
+    return fresh
+
+
+@njit(nogil=True, cache=True)
+def _join(parent, a, b):
+    while parent[a] != a:
+        parent[a] = parent[parent[a]]
+        a = parent[a]
+    while parent[b] != b:
+        parent[b] = parent[parent[b]]
+        b = parent[b]
+    if a < b:
+        parent[b] = a
+    else:
+        parent[a] = b
+
+
+@njit(nogil=True, cache=True)
+def _label_slab(flags, height, width, z0, z1, labels, parent, first):
+    """Provisional labels ``first``, ``first + 1``, ... of the voxels of a slab, and which of them are one."""
+    link = np.empty(width, np.uint8)
+    fresh = np.uint32(first)
+    plane = height * width
+    for z in range(z0, z1):
+        for y in range(height):
+            at = (z * height + y) * width
+            _link_row(flags, at, height, width, y > 0, z > z0, link)
+            up = width if y > 0 else 0
+            back = plane if z > z0 else 0
+            previous = np.uint32(0)
+            for x in range(width):
+                i = at + x
+                bits = link[x]
+                above = labels[i - up]
+                behind = labels[i - back]
+                parent[fresh] = fresh
+                label = fresh if flags[i] else np.uint32(0)
+                fresh += np.uint32(np.uint8(bits == 0) & np.uint8(flags[i] != 0))
+                label = behind if bits & 1 else label
+                label = above if bits & 2 else label
+                label = previous if bits & 4 else label
+                labels[i] = label
+                previous = label
+                if bits & np.uint8(bits - np.uint8(1)):
+                    if bits & 1 and behind != label:
+                        _join(parent, behind, label)
+                    if bits & 2 and above != label:
+                        _join(parent, above, label)
+
+
+@njit(nogil=True, cache=True)
+def _join_slabs(flags, height, width, z, labels, parent):
+    """Joins what is linked across the plane between sections ``z - 1`` and ``z``."""
+    plane = height * width
+    for i in range(z * plane, (z + 1) * plane):
+        if flags[i] & 1 or flags[i - plane] & 8:
+            _join(parent, labels[i], labels[i - plane])
+
+
+@njit(nogil=True, cache=True)
+def _flatten(parent, count):
+    """Turns the union-find (a parent is never larger than its child) into ids 1, 2, ... in order of the smallest member."""
+    last = np.uint32(0)
+    for i in range(1, count + 1):
+        p = parent[i]
+        if p == i:
+            last += np.uint32(1)
+            parent[i] = last
+        else:
+            parent[i] = parent[p]
+    return last
+
+
+@njit(nogil=True, cache=True)
+def _look_up_slab(labels, lut, start, stop):
+    for i in range(start, stop):
+        labels[i] = lut[labels[i]]
+
+
+def _flags(channels, low, high, threads):
+    """The drainage byte of each voxel, plateaus not yet divided, and the number of plateau voxels."""
+    az, ay, ax = channels
+    if az.dtype == np.uint8:
+        limits = byte_limits(low, high)
+        if limits is None:
+            levels = np.arange(256, dtype=np.float32) / np.float32(255)
+            return _flags(tuple(levels[channel] for channel in channels), low, high, threads)
+        low, high = limits
+    flags = np.empty(az.shape, np.uint8)
+    slabs = ranges(az.shape[0], threads)
+    found = each(lambda z0, z1: _flag_slab(az, ay, ax, low, high, flags, z0, z1), slabs, threads)
+    if any(invalid for _, invalid in found):
+        raise ValueError(f"affinities holds NaN {_first_nan(channels)}; expected numbers")
+    return flags, sum(many for many, _ in found)
+
+
+def _first_nan(channels):
+    """Where the first NaN is that would be read, in words."""
+    for channel, values in enumerate(channels):
+        inner = [slice(None)] * 3
+        inner[channel] = slice(1, None)
+        found = np.argwhere(np.isnan(values[tuple(inner)]))
+        if found.size:
+            at = found[0]
+            at[channel] += 1
+            return f"in the {'zyx'[channel]} channel at {tuple(int(i) for i in at)}"
+    return "somewhere"
+
+
+def _label(flags, threads):
+    """Basins of divided flags: ids 1, 2, ... in raster order of each basin's first voxel, 0 where no bit is set."""
+    depth, height, width = flags.shape
+    flat = flags.reshape(-1)
+    labels = np.empty(flat.size, np.uint32)
+    slabs = ranges(depth, threads)
+    counts = each(lambda z0, z1: _count_slab(flat, height, width, z0, z1), slabs, threads)
+    firsts = [1 + sum(counts[:slab]) for slab in range(len(slabs))]
+    # One more than is used: the kernel writes the next label before it knows whether it is needed. In a slab that label
+    # is the next slab's first, and the value written is the one which that slab writes.
+    parent = np.empty(sum(counts) + 2, np.uint32)
+    parent[0] = 0
+    each(
+        lambda z0, z1, first: _label_slab(flat, height, width, z0, z1, labels, parent, first),
+        [(z0, z1, first) for (z0, z1), first in zip(slabs, firsts)],
+        threads,
+    )
+    for z0, _ in slabs[1:]:
+        _join_slabs(flat, height, width, z0, labels, parent)
+    count = _flatten(parent, sum(counts))
+    plane = height * width
+    each(
+        lambda z0, z1: _look_up_slab(labels, parent, z0 * plane, z1 * plane),
+        slabs,
+        threads,
+    )
+    return labels.reshape(flags.shape), int(count)
+
+
+def divide_plateaus(flags: np.ndarray, plateau_voxels: int, threads: int = 1) -> None:
+    """Divides the plateaus of ``flags`` in place; ``plateau_voxels`` bounds the length of the queue."""
+    if plateau_voxels == 0:
+        return
+    _, height, width = flags.shape
+    flat = flags.reshape(-1)
+    queue = np.empty(plateau_voxels, np.int64)
+    count = _outlets(flat, height, width, 0, flat.size, queue)
+    _divide_plateaus(flat, height, width, queue, count)
+
+
+def watershed(
+    affinities: np.ndarray,
+    low: float = 0.0001,
+    high: float = 0.9999,
+    offsets: Sequence[Sequence[int]] = NEAREST,
+    *,
+    threads: int = 1,
+) -> np.ndarray:
+    """Fragments of an affinity volume, with the ids that waterz gives them.
+
+    Each voxel drains along its largest affinity, and along every affinity of at least ``high``; plateaus are divided
+    breadth-first from their outlets; a fragment is what drains together (Zlateski and Seung 2015).
+
+    Args:
+      affinities: (c, z, y, x) float32, or uint8 that stands for float32(value) / float32(255). High = same object; stored
+        at the voxel whose partner is at its offset.
+      low: a voxel without an affinity above ``low`` is background, 0.
+      high: affinities of at least ``high`` always join.
+      offsets: (z, y, x) offset of each channel; the three nearest neighbours must be among them.
+      threads: worker threads; the result does not depend on their number.
+
+    Returns:
+      (z, y, x) uint32: 1, 2, ... in raster order of each fragment's first voxel, and 0.
+
+    Raises:
+      ValueError: what ``nearest_channels`` and ``check_limits`` refuse, NaN, or more voxels than there are ids.
+    """
+    threads = check_threads(threads)
+    channels = nearest_channels(affinities, offsets)
+    low, high = check_limits(low, high)
+    if channels[0].size > LARGEST_ID:
+        raise ValueError(f"affinities has {channels[0].size} voxels; expected at most {LARGEST_ID}: work block by block")
+    flags, plateau_voxels = _flags(channels, low, high, threads)
+    divide_plateaus(flags, plateau_voxels)
+    labels, _ = _label(flags, threads)
+    return labels
