@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "emjax"
 # Higher number = higher room. Modules directly under emjax/ that are not listed are commands, the highest room.
 ROOMS = {
     "errors": 0,
+    "cli": 0,
     "metrics": 1,
     "postprocess": 1,
     "losses": 1,

@@ -2,9 +2,10 @@
 
 import pathlib
 
-import parity
 import pytest
 from shared_folder import SHARED
+
+import parity
 
 
 def _parameters() -> list:
