@@ -1,0 +1,527 @@
+"""The training loader: batches as a pure function of the global step.
+
+Sample ``i`` of the endless stream is made by a generator seeded with ``(seed, i)`` alone: source, position, and all
+draws of the augmentations. Batch ``s`` is samples ``s * batch_size ...``; each process takes its own rows of it. So
+nothing has to be saved to resume, any batch can be made again, and the global batch does not depend on the number of
+processes.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from emjax.data.augment import Augmentation, apply_draws, draw_chain, needed_shape
+from emjax.data.crops import Draws, Sample, Shape, as_float, as_int32_ids, as_uint8, split_components
+from emjax.errors import UserError
+
+
+def open_volume(spec: str, voxel_size=None):
+    import h5py
+
+    path, key = spec.rsplit(":", 1)
+    return h5py.File(path)[key]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One labelled (or raw) volume to draw crops from. Paths are what ``emjax.data.volume.open_volume`` takes.
+
+    Attributes:
+        raw: the image.
+        labels: ids of the same shape; None for raw data alone (self-supervised training).
+        mask: non-zero = counts in the loss.
+        ignore: non-zero = does not count in the loss.
+        ignore_labels: label values that do not count in the loss.
+        weight: share of crops, relative to the weights of the other sources.
+        name: what messages call it; the path of ``raw`` if empty.
+        voxel_size: nm (z, y, x), where the file does not state it.
+        begin, end: the part of the volume that may be used, voxels (z, y, x); None = all.
+        pad: voxels by which the volume is continued by reflection on each side (z, y, x).
+        z_steps: every how many sections to take, drawn uniformly for each crop (SegNeuron trains on 1 to 3).
+        intensity_range: grey values that become 0 and 1; None = the range of an integer dtype, 0 to 1 for floats.
+    """
+
+    raw: str
+    labels: str | None = None
+    mask: str | None = None
+    ignore: str | None = None
+    ignore_labels: tuple[int, ...] = ()
+    weight: float = 1.0
+    name: str = ""
+    voxel_size: tuple[float, float, float] | None = None
+    begin: Shape | None = None
+    end: Shape | None = None
+    pad: Shape = (0, 0, 0)
+    z_steps: tuple[int, ...] = (1,)
+    intensity_range: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if not self.weight > 0 or math.isinf(self.weight):
+            raise UserError(f"source {self.title}: found weight {self.weight}, expected a positive number")
+        if not self.z_steps or min(self.z_steps) < 1:
+            raise UserError(f"source {self.title}: found z_steps {self.z_steps}, expected whole numbers from 1 up")
+        if len(self.pad) != 3 or min(self.pad) < 0:
+            raise UserError(f"source {self.title}: found pad {self.pad}, expected three numbers (z, y, x) from 0 up")
+        if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
+            raise UserError(f"source {self.title}: found intensity_range {self.intensity_range}, expected (low, high)")
+
+    @property
+    def title(self) -> str:
+        """The name, or the path of the image."""
+        return self.name or self.raw
+
+
+class BlockCache:
+    """Blocks of volumes in memory, the least recently used dropped beyond ``most_bytes``; safe to share by threads."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes = most_bytes
+        self._blocks: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The block of ``key``, made now if it is not there (two threads may both make it; one result is kept)."""
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                return self._blocks[key]
+        block = make()
+        with self._lock:
+            if key not in self._blocks:
+                self._blocks[key] = block
+                self._bytes += block.nbytes
+            while self._bytes > self.most_bytes and len(self._blocks) > 1:
+                self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+        return block
+
+
+class _BlockReader:
+    """A volume on disk, read by whole blocks through a cache."""
+
+    BLOCK = (32, 256, 256)
+
+    def __init__(self, volume: Any, key: int, cache: BlockCache, check: Callable[[np.ndarray], None]):
+        self.volume, self.key, self.cache, self.check = volume, key, cache, check
+        self.shape: Shape = tuple(volume.shape)
+        self.dtype = np.dtype(volume.dtype)
+
+    def _block(self, number: Shape) -> np.ndarray:
+        window = tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in zip(number, self.BLOCK, self.shape))
+
+        def make() -> np.ndarray:
+            block = np.asarray(self.volume[window])
+            self.check(block)
+            return block
+
+        return self.cache.get((self.key, number), make)
+
+    def __getitem__(self, window: tuple[slice, slice, slice]) -> np.ndarray:
+        begin, end = [part.start for part in window], [part.stop for part in window]
+        out = np.empty([b - a for a, b in zip(begin, end)], self.dtype)
+        numbers = [range(a // n, (b - 1) // n + 1) for a, b, n in zip(begin, end, self.BLOCK)]
+        for number in itertools.product(*numbers):
+            block = self._block(number)  # type: ignore[arg-type]
+            origin = [i * n for i, n in zip(number, self.BLOCK)]
+            low = [max(a, o) for a, o in zip(begin, origin)]
+            high = [min(b, o + n) for b, o, n in zip(end, origin, block.shape)]
+            into = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, begin))
+            out[into] = block[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin))]
+        return out
+
+
+def _check_finite(title: str, what: str) -> Callable[[np.ndarray], None]:
+    def check(block: np.ndarray) -> None:
+        if block.dtype.kind == "f" and not np.isfinite(block).all():
+            bad = np.argwhere(~np.isfinite(block))[0].tolist()
+            raise UserError(
+                f"source {title}: {what} holds NaN or infinity (first at {bad}), expected finite grey values"
+            )
+
+    return check
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One opened source: arrays or block readers, and the window of them that may be used."""
+
+    source: Source
+    raw: Any
+    labels: Any
+    mask: Any
+    ignore: Any
+    begin: Shape
+    end: Shape
+    cached: bool
+
+    def extent(self, z_step: int) -> Shape:
+        """Voxels to place crops in, reflection included, after taking every ``z_step``-th section."""
+        z, y, x = (e - b + 2 * p for b, e, p in zip(self.begin, self.end, self.source.pad))
+        return (-(-z // z_step), y, x)
+
+    def read(self, array: Any, begin: Shape, shape: Shape, z_step: int) -> np.ndarray:
+        """The crop at ``begin`` in the coordinates of :meth:`extent`; a view where it can be."""
+        low = [o - p + a * s for o, p, a, s in zip(self.begin, self.source.pad, begin, (z_step, 1, 1))]
+        high = [a + (n - 1) * s + 1 for a, n, s in zip(low, shape, (z_step, 1, 1))]
+        if all(a >= b for a, b in zip(low, self.begin)) and all(a <= b for a, b in zip(high, self.end)):
+            window = tuple(slice(a, b) for a, b in zip(low, high))
+            return array[window][::z_step]
+        lines = [
+            _reflected(np.arange(a, b, s), first, last)
+            for a, b, s, first, last in zip(low, high, (z_step, 1, 1), self.begin, self.end)
+        ]
+        origin = [int(line.min()) for line in lines]
+        inner = array[tuple(slice(a, int(line.max()) + 1) for a, line in zip(origin, lines))]
+        return inner[np.ix_(*(line - a for line, a in zip(lines, origin)))]
+
+
+def _reflected(index: np.ndarray, first: int, end: int) -> np.ndarray:
+    size = end - first
+    if size == 1:
+        return np.full_like(index, first)
+    index = (index - first) % (2 * (size - 1))
+    return first + np.where(index >= size, 2 * (size - 1) - index, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class CropDraws:
+    """Where a crop comes from: number of the source, every how many sections, first voxel (z, y, x)."""
+
+    source: int
+    z_step: int
+    begin: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleDraws:
+    """Everything random about one sample: where from, and the draws of each augmentation."""
+
+    crop: CropDraws
+    chain: list[Draws]
+
+
+class Sampler:
+    """Crops of weighted sources and their augmentation, each a pure function of a generator or of recorded draws.
+
+    Ways of making one sample out of several crops (domain mixing) call :meth:`draw_crop`, :meth:`read` and the chain
+    themselves and are handed to :class:`Loader` as ``compose``.
+
+    Raises:
+        UserError: a source cannot be opened, has no three dimensions, holds NaN, is smaller than the crop that the
+            augmentations need, differs in shape from its labels or mask, or only some sources have labels.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        crop: Shape,
+        chain: Sequence[Augmentation] = (),
+        *,
+        cache_bytes: int = 8 << 30,
+        min_labelled: float = 0.0,
+        max_tries: int = 20,
+    ):
+        if not sources:
+            raise UserError("sources: none given, expected at least one volume to train on")
+        if len(crop) != 3 or min(crop) < 1:
+            raise UserError(f"crop: found {tuple(crop)}, expected three sizes (z, y, x) from 1 up")
+        if not 0 <= min_labelled <= 1:
+            raise UserError(f"min_labelled: found {min_labelled}, expected a fraction between 0 and 1")
+        if max_tries < 1:
+            raise UserError(f"max_tries: found {max_tries}, expected 1 or more")
+        labelled = {source.labels is not None for source in sources}
+        if len(labelled) > 1:
+            without = next(source.title for source in sources if source.labels is None)
+            raise UserError(f"sources: {without} has no labels but others have; give labels to all or to none")
+        self.sources = tuple(sources)
+        self.crop: Shape = tuple(crop)  # type: ignore[assignment]
+        self.chain = tuple(chain)
+        self.needed = needed_shape(self.chain, self.crop)
+        self.min_labelled = min_labelled if labelled == {True} else 0.0
+        self.max_tries = max_tries
+        self.masked = any(s.mask or s.ignore or s.ignore_labels for s in sources)
+        weights = np.array([source.weight for source in sources], np.float64)
+        self._cumulative = np.cumsum(weights / weights.sum())
+        self._parts = _open_parts(self.sources, cache_bytes)
+        for part in self._parts:
+            self._check_fits(part)
+
+    def _check_fits(self, part: _Part) -> None:
+        for z_step in part.source.z_steps:
+            extent = part.extent(z_step)
+            if any(have < need for have, need in zip(extent, self.needed)):
+                every = f", every {z_step}th section" if z_step > 1 else ""
+                reason = "" if self.needed == self.crop else f" (crop {self.crop} and the margin of its augmentations)"
+                raise UserError(
+                    f"source {part.source.title}: volume of {extent}{every} is smaller than the {self.needed} voxels "
+                    f"to be read{reason}; use a smaller crop, fewer augmentations or the source's pad"
+                )
+
+    def describe(self) -> list[str]:
+        """One line per source: name, voxels, whether it is held in memory, share of crops."""
+        shares = np.diff(self._cumulative, prepend=0)
+        return [
+            f"{part.source.title}: {' x '.join(str(n) for n in part.extent(1))} voxels, "
+            f"{'in memory' if part.cached else 'read by blocks'}, {share:.1%} of crops"
+            for part, share in zip(self._parts, shares)
+        ]
+
+    def draw_crop(self, rng: np.random.Generator, sources: Sequence[int] | None = None) -> CropDraws:
+        """A source by weight (or uniformly one of the numbers ``sources``), and a place in it."""
+        best: CropDraws | None = None
+        best_fraction = -1.0
+        for _ in range(self.max_tries if self.min_labelled > 0 else 1):
+            if sources is None:
+                number = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
+                number = min(number, len(self._parts) - 1)
+            else:
+                number = int(sources[rng.integers(len(sources))])
+            part = self._parts[number]
+            steps = part.source.z_steps
+            z_step = int(steps[rng.integers(len(steps))]) if len(steps) > 1 else steps[0]
+            begin = tuple(int(rng.integers(0, have - need + 1)) for have, need in zip(part.extent(z_step), self.needed))
+            draws = CropDraws(number, z_step, begin)  # type: ignore[arg-type]
+            if self.min_labelled == 0:
+                return draws
+            fraction = self._labelled_fraction(draws)
+            if fraction >= self.min_labelled:
+                return draws
+            if fraction > best_fraction:
+                best, best_fraction = draws, fraction
+        assert best is not None
+        return best
+
+    def _labelled_fraction(self, draws: CropDraws) -> float:
+        part = self._parts[draws.source]
+        middle = tuple(b + (need - crop) // 2 for b, need, crop in zip(draws.begin, self.needed, self.crop))
+        labels = part.read(part.labels, middle, self.crop, draws.z_step)  # type: ignore[arg-type]
+        return float(np.count_nonzero(labels)) / labels.size
+
+    def read(self, draws: CropDraws) -> Sample:
+        """The crop as it lies in the volume, of the shape that the chain needs; perhaps views, not to be written."""
+        part = self._parts[draws.source]
+        source = part.source
+
+        def crop(array: Any) -> np.ndarray:
+            return part.read(array, draws.begin, self.needed, draws.z_step)
+
+        sample = {"image": _grey(crop(part.raw), source)}
+        if part.labels is not None:
+            sample["labels"] = as_int32_ids(crop(part.labels))
+        if self.masked:
+            keep = np.ones(self.needed, np.uint8) if part.mask is None else (crop(part.mask) != 0).astype(np.uint8)
+            if part.ignore is not None:
+                keep[crop(part.ignore) != 0] = 0
+            if source.ignore_labels and part.labels is not None:
+                keep[np.isin(sample["labels"], source.ignore_labels)] = 0
+            sample["mask"] = keep
+        return sample
+
+    def draw(self, rng: np.random.Generator) -> SampleDraws:
+        """Everything random about one sample."""
+        return SampleDraws(self.draw_crop(rng), draw_chain(self.chain, self.crop, rng))
+
+    def make(self, draws: SampleDraws) -> Sample:
+        """The augmented sample of recorded draws."""
+        return apply_draws(self.chain, self.crop, self.read(draws.crop), draws.chain)
+
+
+def one_crop(sampler: Sampler, rng: np.random.Generator) -> Sample:
+    """The plainest way to make a sample: one crop, augmented."""
+    return sampler.make(sampler.draw(rng))
+
+
+def _grey(image: np.ndarray, source: Source) -> np.ndarray:
+    if source.intensity_range is None:
+        if image.dtype == np.uint8:
+            return image
+        if image.dtype.kind in "iu":
+            low, high = 0.0, float(np.iinfo(image.dtype).max)
+        elif image.dtype.kind == "f":
+            if image.size and (image.min() < 0 or image.max() > 1):
+                raise UserError(
+                    f"source {source.title}: found grey values {image.min():g} to {image.max():g} of {image.dtype}, "
+                    "expected 0 to 1; set the source's intensity_range"
+                )
+            return image.astype(np.float32)
+        else:
+            raise UserError(f"source {source.title}: found image dtype {image.dtype}, expected integers or floats")
+    else:
+        low, high = source.intensity_range
+    scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(1 / (high - low))
+    return np.clip(scaled, 0, 1, out=scaled)
+
+
+def _open_parts(sources: Sequence[Source], cache_bytes: int) -> list[_Part]:
+    opened = []
+    for source in sources:
+        volumes = {}
+        for what in ("raw", "labels", "mask", "ignore"):
+            spec = getattr(source, what)
+            if spec is None:
+                continue
+            volume = open_volume(spec, voxel_size=source.voxel_size)
+            if len(volume.shape) != 3:
+                raise UserError(f"source {source.title}: {spec} has shape {tuple(volume.shape)}, expected (z, y, x)")
+            if 0 in volume.shape:
+                raise UserError(f"source {source.title}: {spec} has shape {tuple(volume.shape)}, it is empty")
+            if what != "raw" and np.dtype(volume.dtype).kind not in "iub":
+                raise UserError(f"source {source.title}: {what} {spec} has dtype {volume.dtype}, expected integers")
+            if "raw" in volumes and tuple(volume.shape) != tuple(volumes["raw"].shape):
+                raise UserError(
+                    f"source {source.title}: {what} {spec} has shape {tuple(volume.shape)} but raw {source.raw} has "
+                    f"{tuple(volumes['raw'].shape)}, expected equal shapes"
+                )
+            volumes[what] = volume
+        opened.append((source, volumes, *_window(source, tuple(volumes["raw"].shape))))
+
+    parts = []
+    left = cache_bytes
+    cache = BlockCache(0)
+    for number, (source, volumes, begin, end) in enumerate(opened):
+        # Labels are held as int32, whatever they are on disk.
+        size = sum(
+            math.prod(v.shape) * (4 if what == "labels" else np.dtype(v.dtype).itemsize) for what, v in volumes.items()
+        )
+        arrays: dict[str, Any] = {}
+        whole = size <= left
+        for what, volume in volumes.items():
+            check = _check_finite(source.title, f"{what} {getattr(source, what)}")
+            if whole:
+                array = np.asarray(volume[:, :, :])
+                check(array)
+                arrays[what] = as_int32_ids(array) if what == "labels" else array
+            else:
+                arrays[what] = _BlockReader(volume, 4 * number + len(arrays), cache, check)
+        left -= size if whole else 0
+        parts.append(
+            _Part(
+                source,
+                arrays["raw"],
+                arrays.get("labels"),
+                arrays.get("mask"),
+                arrays.get("ignore"),
+                begin,
+                end,
+                whole,
+            )
+        )
+    cache.most_bytes = max(left, 0)
+    return parts
+
+
+def _window(source: Source, shape: Shape) -> tuple[Shape, Shape]:
+    begin, end = source.begin or (0, 0, 0), source.end or shape
+    if len(begin) != 3 or len(end) != 3 or any(not 0 <= b < e <= n for b, e, n in zip(begin, end, shape)):
+        raise UserError(
+            f"source {source.title}: found begin {tuple(begin)}, end {tuple(end)}, expected a part of its "
+            f"{shape} voxels"
+        )
+    if any(p >= e - b for p, b, e in zip(source.pad, begin, end)):
+        raise UserError(f"source {source.title}: found pad {source.pad}, expected less than the size of the volume")
+    return tuple(begin), tuple(end)  # type: ignore[return-value]
+
+
+class Loader:
+    """Batches of augmented crops as a pure function of the global step.
+
+    Args:
+        sources: volumes to draw from.
+        crop: size of a sample (z, y, x).
+        batch_size: samples of the global batch, over all processes.
+        augment: the chain of augmentations in order of application.
+        seed: of the whole stream.
+        process_index, process_count: which rows of each global batch are made here (the index-th of equal parts).
+        threads: samples made at once by :meth:`iterate`.
+        prefetch: batches that :meth:`iterate` makes ahead.
+        cache_bytes: memory for volumes: those that fit are held whole, the others share the rest block by block.
+        transport: dtype of the image in a batch, ``"uint8"`` (0..255) or ``"float32"`` (0..1).
+        split_components: connected parts of the label crop become objects of their own (26 neighbours).
+        min_labelled: least fraction of voxels with a positive label in the middle of the crop; a crop with less is
+            drawn again, up to ``max_tries`` times, then the best of them is taken.
+        compose: how a sample is made from a :class:`Sampler` and a generator; one augmented crop unless told
+            otherwise.
+
+    Raises:
+        UserError: what :class:`Sampler` raises, or a batch that the processes cannot share equally.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        crop: Shape,
+        batch_size: int,
+        augment: Sequence[Augmentation] = (),
+        seed: int = 0,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 2,
+        prefetch: int = 2,
+        cache_bytes: int = 8 << 30,
+        transport: str = "uint8",
+        split_components: bool = False,
+        min_labelled: float = 0.0,
+        max_tries: int = 20,
+        compose: Callable[[Sampler, np.random.Generator], Sample] = one_crop,
+    ):
+        if batch_size < 1 or process_count < 1 or batch_size % process_count:
+            raise UserError(
+                f"batch_size: found {batch_size} for {process_count} processes, expected a multiple of their number"
+            )
+        if not 0 <= process_index < process_count:
+            raise UserError(f"process_index: found {process_index}, expected 0 to {process_count - 1}")
+        if transport not in ("uint8", "float32"):
+            raise UserError(f"transport: found {transport!r}, expected 'uint8' or 'float32'")
+        if seed < 0:
+            raise UserError(f"seed: found {seed}, expected 0 or more")
+        if threads < 1 or prefetch < 1:
+            raise UserError(f"threads, prefetch: found {threads}, {prefetch}, expected 1 or more")
+        self.sampler = Sampler(
+            sources, crop, augment, cache_bytes=cache_bytes, min_labelled=min_labelled, max_tries=max_tries
+        )
+        self.batch_size, self.seed = batch_size, seed
+        self.process_index, self.process_count = process_index, process_count
+        self.threads, self.prefetch = threads, prefetch
+        self.transport, self.split_components, self.compose = transport, split_components, compose
+        self._rows = batch_size // process_count
+        self._samples = grain.MapDataset.range(2**62).map(self._local_sample)
+        self._batches = self._samples.batch(self._rows)
+
+    def sample(self, index: int) -> Sample:
+        """Sample ``index`` of the endless stream, ready for transport."""
+        rng = np.random.default_rng((self.seed, index))
+        sample = dict(self.compose(self.sampler, rng))
+        sample["image"] = (
+            as_uint8(sample["image"])
+            if self.transport == "uint8"
+            else np.ascontiguousarray(as_float(sample["image"]), np.float32)
+        )
+        if "labels" in sample and self.split_components:
+            sample["labels"] = split_components(sample["labels"])
+        return {name: np.ascontiguousarray(array) for name, array in sample.items()}
+
+    def _local_sample(self, local: int) -> Sample:
+        step, row = divmod(int(local), self._rows)
+        return self.sample(step * self.batch_size + self.process_index * self._rows + row)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of batch ``step``.
+
+        Returns:
+            ``image`` uint8 or float32 (rows, z, y, x), ``labels`` int32 if the sources have labels, ``mask`` uint8 if
+            any source has a mask or ignored labels, and whatever else ``compose`` makes.
+        """
+        return self._batches[step]
+
+    def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches from ``start_step`` on, made ahead by threads; equal to :meth:`batch` of each step."""
+        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch * self._rows)
+        return iter(self._samples[start_step * self._rows :].to_iter_dataset(ahead).batch(self._rows))
