@@ -1,0 +1,131 @@
+"""What the spine (training, inference, commands) knows of a published system, and nothing more.
+
+A system is a module of this room. Its ``Config`` is a frozen dataclass, and the module of a config object *is* the
+system: ``system_of(config).build(config, rngs)``. To add one, write a module with these names.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from emjax.errors import UserError
+
+Triple = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """How a volume is cut for prediction; sizes in voxels (z, y, x).
+
+    Attributes:
+        size: what the network is given.
+        stride: from one block to the next.
+        halo: border of a block's output that is thrown away on each side (not at the border of the volume, where the
+            block is reflected).
+        blending: ``"crop"`` keeps for each voxel the block whose centre is nearest (``stride = size - 2 * halo``),
+            ``"linear"`` and ``"gaussian"`` weigh overlapping blocks.
+        sigma: width of the Gaussian as a share of the block's size.
+    """
+
+    size: Triple
+    stride: Triple
+    halo: Triple = (0, 0, 0)
+    blending: Literal["crop", "linear", "gaussian"] = "crop"
+    sigma: float = 0.25
+
+    def validate(self) -> None:
+        """Raises ``UserError`` if blocks of this plan would leave gaps."""
+        for name in ("size", "stride", "halo"):
+            if len(getattr(self, name)) != 3:
+                raise UserError(f"block.{name}: three numbers (z, y, x) expected, found {getattr(self, name)}")
+        for size, stride, halo in zip(self.size, self.stride, self.halo):
+            if size < 1 or stride < 1 or halo < 0 or stride > size - 2 * halo:
+                raise UserError(
+                    f"block: size {self.size}, halo {self.halo} and stride {self.stride} (z, y, x) leave gaps; "
+                    "expected 1 <= stride <= size - 2 * halo"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """One named output of ``predict``.
+
+    Attributes:
+        kind: ``"affinities"`` and ``"probability"`` are blended over overlapping blocks and stored as uint8 with
+            ``scale = 1/255``; ``"instances"`` are integer ids local to a block, stitched by the system's own rule.
+        channels: length of the last axis of the block output.
+        attributes: stored with the volume; affinities must have ``offsets`` (list of z, y, x).
+    """
+
+    kind: Literal["affinities", "probability", "instances"]
+    channels: int
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class System(Protocol):
+    """The names that a system's module defines."""
+
+    def build(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The network."""
+
+    def trainable(self, config: Any, path: str) -> bool:
+        """Whether the parameter at a dotted path trains."""
+
+    def targets(self, config: Any, batch: Mapping[str, jax.Array]) -> Any:
+        """Targets from ``batch`` (``labels`` int32 (b, z, y, x), optional ``mask``), computed on the accelerator."""
+
+    def loss(
+        self, config: Any, model: nnx.Module, batch: Mapping[str, jax.Array], key: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and scalars to log. ``batch["image"]`` is uint8 or float32 (b, z, y, x); keys are explicit."""
+
+    def predict(self, config: Any, model: nnx.Module, image: jax.Array) -> dict[str, jax.Array]:
+        """Outputs (b, z, y, x, channel) of blocks ``image`` (b, z, y, x), uint8 or float32 in 0..255; jit-able."""
+
+    def flip_back(self, config: Any, outputs: dict[str, jax.Array], axes: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Outputs of an image flipped along ``axes`` (of z, y, x = 0, 1, 2), turned back; for test-time flips."""
+
+    def outputs(self, config: Any) -> dict[str, Output]:
+        """What ``predict`` returns, by name."""
+
+    def decode(self, config: Any, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Labels uint32 (z, y, x) of whole-volume outputs (channel, z, y, x): the default post-processing."""
+
+    def block(self, config: Any) -> Block:
+        """The plan of prediction."""
+
+    def validate(self, config: Any) -> None:
+        """Raises ``UserError`` for a configuration that cannot work, before anything is compiled."""
+
+
+def system_of(config: Any) -> System:
+    """The system that a ``Config`` object belongs to."""
+    return cast(System, sys.modules[type(config).__module__])
+
+
+def flip_back_affinities(affinities: jax.Array, offsets: tuple[Triple, ...], axes: tuple[int, ...]) -> jax.Array:
+    """Affinities (b, z, y, x, offset) predicted on an image flipped along ``axes``, in the unflipped frame.
+
+    Flipping turns the pair (v, v + e) into (v, v - e), which is the pair stored at v + e. Raises ``UserError`` for an
+    offset with components both on flipped and unflipped axes, whose mirror image is not predicted.
+    """
+    turned = jnp.flip(affinities, [axis + 1 for axis in axes])
+    channels = []
+    for channel, offset in enumerate(offsets):
+        moved = {axis for axis in range(3) if offset[axis]}
+        plane = turned[..., channel]
+        if moved & set(axes):
+            if not moved <= set(axes):
+                raise UserError(f"test-time flips along {axes} have no mirror image of offset {offset}")
+            # Edge values stand in where v + e is outside; those pairs have no partner and are never read.
+            index = [jnp.clip(jnp.arange(plane.shape[a + 1]) + offset[a], 0, plane.shape[a + 1] - 1) for a in range(3)]
+            for axis in moved:
+                plane = jnp.take(plane, index[axis], axis + 1)
+        channels.append(plane)
+    return jnp.stack(channels, -1)
