@@ -22,12 +22,17 @@ class SurfaceDistances:
         hd: Hausdorff distance, the largest surface distance in either direction.
         hd95: 95th percentile of the distances of both directions together (MedPy; other tools take the larger of the
             two directions' percentiles).
-        assd: mean of the two directions' mean distances.
+        assd: mean of the distances of both directions together (MedPy since 0.5; before, and in other tools, the mean
+            of the two directions' means, which is ``(asd_prediction + asd_labels) / 2``).
+        asd_prediction: mean distance from the prediction's surface to the truth's.
+        asd_labels: mean distance from the truth's surface to the prediction's.
     """
 
     hd: float
     hd95: float
     assd: float
+    asd_prediction: float
+    asd_labels: float
 
 
 def surface_distances(
@@ -56,15 +61,18 @@ def surface_distances(
         raise ValueError(f"connectivity is {connectivity}; expected 1 to {true.ndim}")
     if not predicted.any() or not true.any():
         value = 0.0 if predicted.any() == true.any() else math.inf
-        return SurfaceDistances(value, value, value)
+        return SurfaceDistances(value, value, value, value, value)
     box = ndimage.find_objects((predicted | true).astype(np.uint8))[0]
     predicted, true = _surface(predicted[box], connectivity), _surface(true[box], connectivity)
     forth = ndimage.distance_transform_edt(~true, sampling=size)[predicted]
     back = ndimage.distance_transform_edt(~predicted, sampling=size)[true]
+    both = np.concatenate([forth, back])
     return SurfaceDistances(
-        hd=float(max(forth.max(), back.max())),
-        hd95=float(np.percentile(np.concatenate([forth, back]), 95)),
-        assd=float(np.mean([forth.mean(), back.mean()])),
+        hd=float(both.max()),
+        hd95=float(np.percentile(both, 95)),
+        assd=float(both.mean()),
+        asd_prediction=float(forth.mean()),
+        asd_labels=float(back.mean()),
     )
 
 
