@@ -184,9 +184,7 @@ class Misalignment:
             half = self.displacement // 2
             window = np.s_[:, half : half + out_height, half : half + out_width]
             out = {name: np.array(array[window]) for name, array in sample.items()}
-            ys, xs = (
-                np.ascontiguousarray(line[window[1:]]) for line in rotated((depth, height, width), draws["radians"])
-            )
+            ys, xs = (line[window[1:]] for line in rotated((depth, height, width), draws["radians"]))
             turned = warp_sections({name: array[moved] for name, array in sample.items()}, ys, xs, "edge")
         else:
             (y0, x0), (y1, x1) = draws["starts"]

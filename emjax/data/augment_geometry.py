@@ -23,11 +23,11 @@ BORDERS = ("edge", "reflect", "zero")
 
 
 @numba.njit(nogil=True, cache=True)
-def _inside(i, n, border):
-    # Index i of a line of n voxels mapped into 0..n-1; -1 is "outside" for border 2 (zero).
+def _inside(i, n, border, reach):
+    # Index i of a line of n voxels mapped into 0..n-1; -1 is "outside": for border 2 (zero) all, else beyond reach.
     if 0 <= i < n:
         return i
-    if border == 2:
+    if border == 2 or i < -reach or i > n - 1 + reach:
         return -1
     if border == 0 or n == 1:
         return min(max(i, 0), n - 1)
@@ -37,7 +37,7 @@ def _inside(i, n, border):
 
 
 @numba.njit(nogil=True, cache=True)
-def _linear_table(ys, xs, height, width, border):
+def _linear_table(ys, xs, height, width, border, reach):
     # Four source positions (flat in the section) and weights for each target pixel, computed once for all sections.
     index = np.empty((ys.size, 4), np.int32)
     weight = np.empty((ys.size, 4), np.float32)
@@ -47,8 +47,8 @@ def _linear_table(ys, xs, height, width, border):
         ry, rx = flat_y[i] - fy, flat_x[i] - fx
         for corner in range(4):
             dy, dx = corner >> 1, corner & 1
-            y = _inside(int(fy) + dy, height, border)
-            x = _inside(int(fx) + dx, width, border)
+            y = _inside(int(fy) + dy, height, border, reach)
+            x = _inside(int(fx) + dx, width, border, reach)
             w = (ry if dy else 1.0 - ry) * (rx if dx else 1.0 - rx)
             if y < 0 or x < 0:
                 index[i, corner] = 0
@@ -60,12 +60,12 @@ def _linear_table(ys, xs, height, width, border):
 
 
 @numba.njit(nogil=True, cache=True)
-def _nearest_table(ys, xs, height, width, border):
+def _nearest_table(ys, xs, height, width, border, reach):
     index = np.empty(ys.size, np.int32)
     flat_y, flat_x = ys.ravel(), xs.ravel()
     for i in range(flat_y.size):
-        y = _inside(math.floor(flat_y[i] + 0.5), height, border)
-        x = _inside(math.floor(flat_x[i] + 0.5), width, border)
+        y = _inside(math.floor(flat_y[i] + 0.5), height, border, reach)
+        x = _inside(math.floor(flat_x[i] + 0.5), width, border, reach)
         index[i] = -1 if y < 0 or x < 0 else y * width + x
     return index
 
@@ -93,7 +93,12 @@ def _gather_nearest(source, index, out):
 
 
 def warp_sections(
-    sample: Sample, ys: np.ndarray, xs: np.ndarray, border: Border = "edge", image_nearest: bool = False
+    sample: Sample,
+    ys: np.ndarray,
+    xs: np.ndarray,
+    border: Border = "edge",
+    image_nearest: bool = False,
+    reach: int = 1 << 30,
 ) -> Sample:
     """Every section resampled at in-plane source coordinates.
 
@@ -102,6 +107,7 @@ def warp_sections(
             nearest voxel (halves upwards).
         ys, xs: float64, (y', x') for all sections alike or (z, y', x') for each its own.
         border: what lies outside: the edge voxel, the mirror image (edge voxel not repeated), or 0.
+        reach: voxels outside to which ``border`` applies; beyond them is 0.
 
     Returns:
         Arrays of (z, y', x') of unchanged dtype.
@@ -111,12 +117,13 @@ def warp_sections(
     half = {name: np.float32(0.5 if array.dtype == np.uint8 else 0.0) for name, array in sample.items()}
     source = {name: np.ascontiguousarray(array) for name, array in sample.items()}
     out = {name: np.empty((depth,) + ys.shape[-2:], array.dtype) for name, array in sample.items()}
+    ys, xs = np.ascontiguousarray(ys), np.ascontiguousarray(xs)
     groups = [(slice(None), ys, xs)] if ys.ndim == 2 else [(slice(z, z + 1), ys[z], xs[z]) for z in range(depth)]
     for sections, group_y, group_x in groups:
-        nearest = _nearest_table(group_y, group_x, height, width, mode)
+        nearest = _nearest_table(group_y, group_x, height, width, mode, reach)
         for name, array in source.items():
             if name == "image" and not image_nearest:
-                index, weight = _linear_table(group_y, group_x, height, width, mode)
+                index, weight = _linear_table(group_y, group_x, height, width, mode, reach)
                 _gather_linear(array[sections], index, weight, out[name][sections], half[name])
             else:
                 _gather_nearest(array[sections], nearest, out[name][sections])
@@ -307,7 +314,7 @@ class Rescale:
             out_size = math.floor(size * least + 1e-9)
             lines.append((size - 1) / 2 + (np.arange(out_size) - (out_size - 1) / 2) / factor)
         ys, xs = np.meshgrid(*lines, indexing="ij")
-        return warp_sections(sample, np.ascontiguousarray(ys), np.ascontiguousarray(xs), "edge")
+        return warp_sections(sample, ys, xs, "edge")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -359,7 +366,7 @@ class Elastic:
         xs += draws["displacement"][1]
         m = self.margin
         window = np.s_[m : height - m, m : width - m]
-        return warp_sections(sample, np.ascontiguousarray(ys[window]), np.ascontiguousarray(xs[window]), self.border)
+        return warp_sections(sample, ys[window], xs[window], self.border)
 
 
 @functools.lru_cache(maxsize=64)
@@ -416,17 +423,17 @@ class ElasticGrid:
         if draws is None:
             return sample
         depth, height, width = shape_of(sample)
-        displacement = grid_displacement(draws["offsets"], self._padded((depth, height, width)))
-        window = np.s_[:, self.pad : self.pad + height, self.pad : self.pad + width]
+        dy, dx = grid_displacement(draws["offsets"], self._padded((depth, height, width)), self.pad)
         ys, xs = _identity(height, width)
-        pads = ((0, 0), (self.pad, self.pad), (self.pad, self.pad))
-        padded = {name: np.pad(array, pads, mode="reflect") for name, array in sample.items()}
-        ys = ys + self.pad + displacement[0][window]
-        xs = xs + self.pad + displacement[1][window]
-        return warp_sections(padded, ys, xs, "zero", self.image_nearest)
+        return warp_sections(sample, ys + dy, xs + dx, "reflect", self.image_nearest, self.pad)
 
 
-def grid_displacement(offsets: np.ndarray, shape: Shape) -> np.ndarray:
-    """Cubic-spline zoom of control displacements (2, cz, cy, cx) to float64 (2, z, y, x), end points aligned."""
+def grid_displacement(offsets: np.ndarray, shape: Shape, cut: int = 0) -> np.ndarray:
+    """Cubic-spline zoom of control displacements (2, cz, cy, cx) to float64 (2, z, y, x), end points aligned.
+
+    ``shape`` is that of the zoom; ``cut`` voxels are left away on each side in y and x.
+    """
     mz, my, mx = (_spline_matrix(controls, size) for controls, size in zip(offsets.shape[1:], shape))
-    return np.einsum("za,yb,xc,dabc->dzyx", mz, my, mx, offsets.astype(np.float64), optimize=True)
+    my, mx = my[cut : shape[1] - cut], mx[cut : shape[2] - cut]
+    sections = np.tensordot(mz, offsets.astype(np.float64), (1, 1))
+    return np.moveaxis(my @ sections @ mx.T, 1, 0)

@@ -135,8 +135,8 @@ class GaussianNoise:
 class Blur:
     """Gaussian blur in plane: a kernel of 2 radius + 1 voxels, the same for all sections, mirrored at the border.
 
-    exp(-x^2 / (2 sigma^2)) cut to the kernel and normalised; sigma 0 leaves the image alone. ``radius`` and
-    ``sigma`` are ranges (smallest, largest).
+    exp(-x^2 / (2 sigma^2)) cut to the kernel and normalised; sigma 0 takes the kernel's own (:func:`gaussian_kernel`).
+    ``radius`` and ``sigma`` are ranges (smallest, largest).
 
     Draws: ``radius``, ``sigma``.
     """
@@ -162,13 +162,24 @@ class Blur:
         }
 
     def apply(self, sample: Sample, draws: Draws) -> Sample:
-        if draws is None or draws["sigma"] <= 0:
+        if draws is None:
             return sample
-        x = np.arange(-draws["radius"], draws["radius"] + 1)
-        kernel = np.exp(-(x**2) / (2 * draws["sigma"] ** 2))
         image = np.ascontiguousarray(as_float(sample["image"]))
-        blurred = _blur_sections(image, (kernel / kernel.sum()).astype(np.float32))
+        blurred = _blur_sections(image, gaussian_kernel(draws["radius"], draws["sigma"]))
         return _with_image(sample, np.clip(blurred, 0, 1, out=blurred))
+
+
+# Binomial-like kernels in 1/256 by which OpenCV replaces a Gaussian of sigma 0.
+_SMALL_KERNELS = {1: (64, 128, 64), 2: (16, 64, 96, 64, 16), 3: (8, 28, 56, 72, 56, 28, 8)}
+
+
+def gaussian_kernel(radius: int, sigma: float) -> np.ndarray:
+    """Normalised float32 kernel of 2 radius + 1 values; sigma 0 means OpenCV's choice for that size."""
+    if sigma <= 0 and radius in _SMALL_KERNELS:
+        return np.array(_SMALL_KERNELS[radius], np.float32) / np.float32(256)
+    sigma = sigma if sigma > 0 else 0.3 * (radius - 1) + 0.8
+    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    return (kernel / kernel.sum()).astype(np.float32)
 
 
 @numba.njit(nogil=True, cache=True)
