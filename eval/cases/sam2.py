@@ -170,16 +170,7 @@ def compared(
 def prompt_encoder(path: pathlib.Path) -> Iterator[Row]:
     oracle = load(path)
     definition, collections = network(path, "tiny", int(oracle["seed"]))
-    inputs = {
-        "image_size",
-        "seed",
-        "point_coords",
-        "point_labels",
-        "point_coords_box",
-        "point_labels_box",
-        "boxes",
-        "masks",
-    }
+    arrays = {"point_coords", "point_labels", "point_coords_box", "point_labels_box", "boxes", "masks"}
     size = (int(oracle["image_size"]),) * 2
 
     @jax.jit

@@ -1,9 +1,9 @@
 """Tracking objects through a stack of slices with SAM 2: pure functions on a memory of fixed size.
 
-The reference keeps every slice's output for ever in dictionaries and builds a memory of varying length per slice. Here a
-:class:`Memory` holds the conditioning (prompted) slices and two rings of the most recent ones; what is absent is masked
-out of the attention, so one compiled step serves every slice of a stack of any length, forward and backward, for a
-batch of objects. Up to rounding the result is the same (Ravi et al. 2024, section 4 and appendix C).
+The reference keeps every slice's output for ever in dictionaries and builds a memory of varying length per slice. Here
+a :class:`Memory` holds the conditioning (prompted) slices and two rings of the most recent ones; what is absent is
+masked out of the attention, so one compiled step serves every slice of a stack of any length, forward and backward, for
+a batch of objects. Up to rounding the result is the same (Ravi et al. 2024, section 4 and appendix C).
 """
 
 import dataclasses
