@@ -1,0 +1,736 @@
+"""Hierarchical agglomeration of a region graph, and the merge tree that it leaves, to be cut at any threshold.
+
+The score of an edge is 1 - statistic of its affinities; the cheapest edge is merged first, and parallel edges that this makes
+become one (the algorithm of waterz; Funke et al., "Large scale image segmentation with structured loss based deep learning for
+connectome reconstruction", 2018).
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from emjax.postprocess.region_graph import BINS, Graph, _bin
+
+MEAN, QUANTILE, MAX = 0, 1, 2
+
+NONE = np.uint32(0xFFFFFFFF)
+DEAD = np.uint8(1)
+STALE = np.uint8(2)
+MERGED = np.uint8(4)
+
+# A canonical score in [0, 2) is ordered by its first 31 binary places.
+KEY_SCALE = 2.0**31
+QUEUE_SHIFT = 17
+LARGEST_QUEUE = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A scoring function: 1 - mean, 1 - quantile of a 256-bin histogram, or 1 - maximum.
+
+    ``initial_maximum``: before its first merge, an edge's histogram holds only its largest affinity (waterz's InitWithMax).
+    """
+
+    kind: int
+    quantile: int = 0
+    initial_maximum: bool = False
+
+    def statistics(self, ties: str = "canonical") -> tuple[str, ...]:
+        """What ``region_graph`` has to gather for this score."""
+        if self.kind == MEAN:
+            return ("running_mean",) if ties == "waterz" else ("mean",)
+        return ("histogram",) if self.kind == QUANTILE and not self.initial_maximum else ("max",)
+
+
+def parse_score(score: str | Score) -> Score:
+    """A score by the name that the community gives it.
+
+    ``mean``; ``max``; ``hist_quant_50`` and ``hist_quant_50_initmax`` (LSD), any quantile from 1 to 99; ``aff85_his256``
+    (PyTorch Connectomics), which is ``hist_quant_85_initmax``.
+
+    Raises:
+      ValueError: any other name.
+    """
+    if isinstance(score, Score):
+        return score
+    if score == "mean":
+        return Score(MEAN)
+    if score == "max":
+        return Score(MAX)
+    if match := re.fullmatch(r"hist_quant_(\d{1,2})(_initmax)?", str(score)):
+        quantile, initial = int(match[1]), match[2] is not None
+    elif match := re.fullmatch(r"aff(\d{1,2})_his256", str(score)):
+        quantile, initial = int(match[1]), True
+    else:
+        quantile, initial = 0, False
+    if not 1 <= quantile <= 99:
+        raise ValueError(
+            f"score is {score!r}; expected mean, max, hist_quant_Q, hist_quant_Q_initmax or affQ_his256, Q 1..99"
+        )
+    return Score(QUANTILE, quantile, initial)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeTree:
+    """Merges in the order in which they were made.
+
+    Attributes:
+      nodes: the largest fragment id.
+      a, b: (M,) uint32, the segments that merge k joins, a < b; the result is called a.
+      score: (M,) float64, the score of the edge (float32 values with ``ties="waterz"``).
+      level: (M,) float64, non-decreasing: merge k is made for every threshold above ``level[k]``.
+      threshold: merges are known for thresholds up to this one.
+      uv, uv_score: (R, 2) uint32 and (R,) float64, the edges left at ``threshold`` with their scores; None unless asked for.
+    """
+
+    nodes: int
+    a: np.ndarray
+    b: np.ndarray
+    score: np.ndarray
+    level: np.ndarray
+    threshold: float
+    uv: np.ndarray | None = None
+    uv_score: np.ndarray | None = None
+
+    def merges(self, threshold: float | None = None) -> int:
+        """How many merges have a score below ``threshold``, in the sense of stopping at the first that has not."""
+        if threshold is None:
+            return self.a.size
+        if not threshold <= self.threshold:
+            raise ValueError(f"threshold is {threshold}; the tree is known up to {self.threshold}: agglomerate further")
+        return int(np.searchsorted(self.level, threshold))
+
+    def cut(self, threshold: float | None = None) -> np.ndarray:
+        """The segment of each fragment: (nodes + 1,) uint32, the smallest fragment id in the segment; 0 stays 0.
+
+        Raises:
+          ValueError: a threshold above the one that the tree was made for.
+        """
+        merges = self.merges(threshold)
+        segments = np.arange(self.nodes + 1, dtype=np.uint32)
+        segments[self.b[:merges]] = self.a[:merges]
+        _follow(segments)
+        return segments
+
+
+@njit(nogil=True, cache=True)
+def _follow(segments):
+    for i in range(segments.size):
+        segments[i] = segments[segments[i]]
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _slot(table, a, b):
+    low = min(a, b)
+    high = max(a, b)
+    mixed = (np.uint64(low) * np.uint64(0x9E3779B97F4A7C15)) ^ (np.uint64(high) * np.uint64(0xC2B2AE3D27D4EB4F))
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return np.int64((mixed >> np.uint64(20)) & np.uint64(table.size - 1))
+
+
+@njit(nogil=True, cache=True)
+def _find(table, end, flags, a, b):
+    """The living edge between nodes a and b, or NONE."""
+    mask = table.size - 1
+    i = _slot(table, a, b)
+    while True:
+        e = table[i]
+        if e == NONE:
+            return NONE
+        if flags[e] & DEAD == 0:
+            p = end[2 * e]
+            q = end[2 * e + 1]
+            if (p == a and q == b) or (p == b and q == a):
+                return e
+        i = (i + 1) & mask
+
+
+@njit(nogil=True, cache=True)
+def _insert(table, used, end, flags, e):
+    """Enters edge e under its present ends; entries of dead edges are overwritten, those of moved ones stay behind."""
+    mask = table.size - 1
+    i = _slot(table, end[2 * e], end[2 * e + 1])
+    while table[i] != NONE and flags[table[i]] & DEAD == 0:
+        i = (i + 1) & mask
+    if table[i] == NONE:
+        used[0] += 1
+    table[i] = e
+    if 4 * used[0] > 3 * table.size:
+        table[:] = NONE
+        used[0] = 0
+        for f in range(flags.size):
+            if flags[f] & DEAD == 0:
+                i = _slot(table, end[2 * f], end[2 * f + 1])
+                while table[i] != NONE:
+                    i = (i + 1) & mask
+                table[i] = f
+                used[0] += 1
+
+
+@njit(nogil=True, cache=True)
+def _append(head, tail, following, node, half):
+    following[half] = NONE
+    if head[node] == NONE:
+        head[node] = half
+    else:
+        following[tail[node]] = half
+    tail[node] = half
+
+
+@njit(nogil=True, cache=True)
+def _build(uv, end, head, tail, degree, following, table, used, flags):
+    """Half-edge lists and edge table of a graph."""
+    head[:] = NONE
+    degree[:] = 0
+    table[:] = NONE
+    for e in range(uv.shape[0]):
+        for side in range(2):
+            node = uv[e, side]
+            end[2 * e + side] = node
+            _append(head, tail, following, node, np.uint32(2 * e + side))
+            degree[node] += np.uint32(1)
+        _insert(table, used, end, flags, np.uint32(e))
+
+
+@njit(nogil=True, cache=True)
+def _tally(e, start, length, bins, counts, chain, last, tally):
+    """Sums the histograms chained to edge e into ``tally``, and writes the sum back over them."""
+    tally[:] = 0
+    segment = np.uint32(e)
+    while segment != NONE:
+        for r in range(start[segment], start[segment] + length[segment]):
+            tally[bins[r]] += counts[r]
+        segment = chain[segment]
+    b = 0
+    segment = np.uint32(e)
+    while segment != NONE:
+        r = start[segment]
+        stop = start[segment + 1]
+        while r < stop and b < BINS:
+            if tally[b]:
+                bins[r] = b
+                counts[r] = np.uint32(tally[b])
+                r += 1
+            b += 1
+        length[segment] = r - start[segment]
+        last[e] = segment
+        if b == BINS:
+            chain[segment] = NONE
+        segment = chain[segment]
+
+
+@njit(nogil=True, cache=True)
+def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally):
+    """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without its overflow)."""
+    pivot = np.int64(quantile) * np.int64(count[e]) // 100 + 1
+    total = np.int64(0)
+    if chain[e] == NONE:
+        for r in range(start[e], start[e] + length[e]):
+            total += counts[r]
+            if total >= pivot:
+                return np.int64(bins[r])
+        return np.int64(BINS)
+    _tally(e, start, length, bins, counts, chain, last, tally)
+    for b in range(BINS):
+        total += tally[b]
+        if total >= pivot:
+            return np.int64(b)
+    return np.int64(BINS)
+
+
+@njit(nogil=True, cache=True)
+def _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally):
+    """1 - statistic in float64; from exact sums for the mean."""
+    if kind == MEAN:
+        return 1.0 - np.float64(total[e]) / (np.float64(count[e]) * scale)
+    if kind == MAX:
+        return 1.0 - np.float64(value[e])
+    return 1.0 - (_quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally) + 0.5) / BINS
+
+
+@njit(nogil=True, cache=True)
+def _single_score(kind, quantile, e, count, value, start, length, bins, counts, chain, last, tally):
+    """1 - statistic as waterz rounds it: float32, the subtraction in double."""
+    if kind == QUANTILE:
+        bin_ = _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally)
+        return np.float32(1.0 - np.float64(np.float32((bin_ + 0.5) / BINS)))
+    return np.float32(1.0 - np.float64(value[e]))
+
+
+@njit(nogil=True, cache=True)
+def _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
+    """Adds the statistics of edge ``lost`` to ``kept``; returns whether the score of ``kept`` may have changed."""
+    if kind == MAX:
+        count[kept] += count[lost]
+        if value[kept] >= value[lost]:
+            return False
+        value[kept] = value[lost]
+        return True
+    if kind == QUANTILE:
+        chain[last[kept]] = lost
+        last[kept] = last[lost]
+    elif ours:
+        total[kept] += total[lost]
+    else:
+        n = np.float32(count[lost])
+        m = np.float32(count[kept])
+        left = np.float32(value[lost] * n)
+        right = np.float32(value[kept] * m)
+        value[kept] = np.float32(left + right) / np.float32(np.int64(count[lost]) + np.int64(count[kept]))
+    count[kept] += count[lost]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _merge(
+    e, end, following, head, tail, degree, name, flags, key, table, used, kind, ours, count, total, value, chain, last
+):
+    """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names."""
+    big = end[2 * e]
+    small = end[2 * e + 1]
+    if degree[big] < degree[small]:
+        big, small = small, big
+    big_first = name[big] < name[small]
+    flags[e] |= DEAD | MERGED
+    degree[big] -= np.uint32(1)
+    half = head[small]
+    while half != NONE:
+        after = following[half]
+        f = half >> np.uint32(1)
+        if flags[f] & DEAD == 0:
+            other = end[half ^ np.uint32(1)]
+            g = _find(table, end, flags, big, other)
+            if g == NONE:
+                end[half] = big
+                _append(head, tail, following, big, half)
+                degree[big] += np.uint32(1)
+                _insert(table, used, end, flags, f)
+            else:
+                if ours:
+                    keep_f = key[f] < key[g] or (key[f] == key[g] and f < g)
+                elif big_first:
+                    keep_f = not key[f] > key[g]
+                else:
+                    keep_f = key[g] > key[f]
+                kept = f if keep_f else g
+                lost = g if keep_f else f
+                if _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
+                    flags[kept] |= STALE
+                flags[lost] |= DEAD
+                degree[other] -= np.uint32(1)
+                if keep_f:
+                    end[half] = big
+                    _append(head, tail, following, big, half)
+                    _insert(table, used, end, flags, f)
+        half = after
+    head[small] = NONE
+    name[big] = min(name[big], name[small])
+
+
+@njit(nogil=True, cache=True)
+def _heap_push(heap, size, entry):
+    i = size
+    while i > 0:
+        parent = (i - 1) >> 1
+        if heap[parent] <= entry:
+            break
+        heap[i] = heap[parent]
+        i = parent
+    heap[i] = entry
+
+
+@njit(nogil=True, cache=True)
+def _heap_pop(heap, size):
+    """Removes the smallest of ``size`` entries."""
+    last = size - 1
+    entry = heap[last]
+    i = 0
+    child = 1
+    while child < last:
+        if child + 1 < last and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= entry:
+            break
+        heap[i] = heap[child]
+        i = child
+        child = 2 * i + 1
+    heap[i] = entry
+
+
+@njit(nogil=True, cache=True)
+def _score_key(score):
+    """The order of canonical scores, in 32 bits."""
+    scaled = score * KEY_SCALE
+    if not scaled > 0:
+        return np.uint32(0)
+    if scaled >= 4294967295.0:
+        return np.uint32(4294967295)
+    return np.uint32(scaled)
+
+
+@njit(nogil=True, cache=True)
+def _agglomerate_canonical(
+    uv, nodes, threshold, kind, quantile, count, total, scale, value, start, bins, counts,
+    merged_a, merged_b, merged_score, merged_level, flags, score, end, name,
+):  # fmt: skip
+    """Merges all edges below ``threshold``, ordered by score and then by edge number; returns how many merges."""
+    edges = uv.shape[0]
+    following = np.empty(2 * edges, np.uint32)
+    head = np.empty(nodes + 1, np.uint32)
+    tail = np.empty(nodes + 1, np.uint32)
+    degree = np.empty(nodes + 1, np.uint32)
+    size = 16
+    while size < 2 * edges:
+        size *= 2
+    table = np.empty(size, np.uint32)
+    used = np.zeros(1, np.int64)
+    _build(uv, end, head, tail, degree, following, table, used, flags)
+    chain, last, length, tally = _chains(kind, edges, start)
+    key = np.empty(edges, np.uint32)
+    # Edges wait in lists of nearly equal score; only the list in front is kept in order, in a heap.
+    waiting = np.full(1 << (32 - QUEUE_SHIFT), NONE, np.uint32)
+    link = np.empty(edges, np.uint32)
+    heap = np.empty(edges, np.uint64)
+    limit = _score_key(threshold)
+    for e in range(edges):
+        key[e] = _score_key(
+            _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally)
+        )
+        if key[e] <= limit:
+            link[e] = waiting[key[e] >> QUEUE_SHIFT]
+            waiting[key[e] >> QUEUE_SHIFT] = e
+    merges = 0
+    level = -np.inf
+    front = 0
+    queued = 0
+    while True:
+        if queued == 0:
+            while front < waiting.size and waiting[front] == NONE:
+                front += 1
+            if front == waiting.size:
+                break
+            e = waiting[front]
+            waiting[front] = NONE
+            while e != NONE:
+                if flags[e] & DEAD == 0:
+                    _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
+                    queued += 1
+                e = link[e]
+            if queued == 0:
+                continue
+        e = np.uint32(heap[0] & np.uint64(0xFFFFFFFF))
+        _heap_pop(heap, queued)
+        queued -= 1
+        if flags[e] & DEAD:
+            continue
+        exact = _exact_score(
+            kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
+        )
+        if flags[e] & STALE:
+            flags[e] &= ~STALE
+            key[e] = max(_score_key(exact), key[e])
+            if key[e] <= limit:
+                if key[e] >> QUEUE_SHIFT == front:
+                    _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
+                    queued += 1
+                else:
+                    link[e] = waiting[key[e] >> QUEUE_SHIFT]
+                    waiting[key[e] >> QUEUE_SHIFT] = e
+            continue
+        if exact >= threshold:
+            break
+        level = max(level, exact)
+        p = name[end[2 * e]]
+        q = name[end[2 * e + 1]]
+        merged_a[merges] = min(p, q)
+        merged_b[merges] = max(p, q)
+        merged_score[merges] = exact
+        merged_level[merges] = level
+        merges += 1
+        _merge(
+            e, end, following, head, tail, degree, name, flags, key, table, used,
+            kind, True, count, total, value, chain, last,
+        )  # fmt: skip
+    for e in range(edges):
+        if score.size and flags[e] & DEAD == 0:
+            score[e] = _exact_score(
+                kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
+            )
+    return merges
+
+
+@njit(nogil=True, cache=True)
+def _chains(kind, edges, start):
+    """Histogram bookkeeping: the next and last segment of an edge's chain, the used length of each, and a scratch tally."""
+    n = edges if kind == QUANTILE else 0
+    chain = np.full(n, NONE, np.uint32)
+    last = np.arange(n).astype(np.uint32)
+    length = np.empty(n, np.int64)
+    for e in range(n):
+        length[e] = start[e + 1] - start[e]
+    return chain, last, length, np.zeros(BINS, np.int64)
+
+
+@njit(nogil=True, cache=True)
+def _float_key(score):
+    """The order of float32 scores, in 32 bits (0.0 and -0.0 are one)."""
+    bits = np.array([score + np.float32(0)], np.float32).view(np.uint32)[0]
+    return ~bits if bits & np.uint32(0x80000000) else bits | np.uint32(0x80000000)
+
+
+@njit(nogil=True, cache=True)
+def _waterz_push(heap, size, entry):
+    """As libstdc++'s push_heap: up while the parent's score is strictly larger; only the upper 32 bits are compared."""
+    i = size
+    while i > 0:
+        parent = (i - 1) >> 1
+        if heap[parent] >> np.uint64(32) <= entry >> np.uint64(32):
+            break
+        heap[i] = heap[parent]
+        i = parent
+    heap[i] = entry
+
+
+@njit(nogil=True, cache=True)
+def _waterz_pop(heap, size):
+    """As libstdc++'s pop_heap: the hole sinks along the smaller child (the right one if equal), then the last entry rises."""
+    last = size - 1
+    entry = heap[last]
+    i = 0
+    child = 2
+    while child < last:
+        if heap[child] >> np.uint64(32) > heap[child - 1] >> np.uint64(32):
+            child -= 1
+        heap[i] = heap[child]
+        i = child
+        child = 2 * (i + 1)
+    if child == last:
+        heap[i] = heap[child - 1]
+        i = child - 1
+    _waterz_push(heap, i, entry)
+
+
+@njit(nogil=True, cache=True)
+def _queue_bin(score, levels):
+    if not score > 0:
+        return 0
+    if score >= 1:
+        return levels - 1
+    return min(np.int64(np.float32(score * np.float32(levels))), levels - 1)
+
+
+@njit(nogil=True, cache=True)
+def _agglomerate_waterz(
+    uv, nodes, threshold, kind, quantile, count, value, start, bins, counts, levels,
+    merged_a, merged_b, merged_score, merged_level, flags, score, end, name,
+):  # fmt: skip
+    """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges."""
+    edges = uv.shape[0]
+    following = np.empty(2 * edges, np.uint32)
+    head = np.empty(nodes + 1, np.uint32)
+    tail = np.empty(nodes + 1, np.uint32)
+    degree = np.empty(nodes + 1, np.uint32)
+    size = 16
+    while size < 2 * edges:
+        size *= 2
+    table = np.empty(size, np.uint32)
+    used = np.zeros(1, np.int64)
+    _build(uv, end, head, tail, degree, following, table, used, flags)
+    chain, last, length, tally = _chains(kind, edges, start)
+    key = np.empty(edges, np.uint32)
+    total = np.empty(0, np.int64)
+    heap = np.empty(0 if levels else edges, np.uint64)
+    link = np.empty(edges if levels else 0, np.uint32)
+    front = np.full(levels, NONE, np.uint32)
+    back = np.full(levels, NONE, np.uint32)
+    lowest = levels
+    queued = 0
+    merges = 0
+    level = np.float32(-np.inf)
+    pushed = np.uint32(0)
+    fresh = 0
+    while True:
+        # Every edge is scored and pushed once at first, and later whenever it comes up stale.
+        if fresh < edges:
+            pushed = np.uint32(fresh)
+            fresh += 1
+        elif queued == 0:
+            break
+        else:
+            if levels:
+                e = front[lowest]
+            else:
+                e = np.uint32(heap[0] & np.uint64(0xFFFFFFFF))
+            now = score[e]
+            if now >= threshold:
+                break
+            level = max(level, now)
+            if levels:
+                front[lowest] = link[e]
+                while lowest < levels and front[lowest] == NONE:
+                    lowest += 1
+            else:
+                _waterz_pop(heap, queued)
+            queued -= 1
+            if flags[e] & DEAD:
+                continue
+            if not flags[e] & STALE:
+                p = name[end[2 * e]]
+                q = name[end[2 * e + 1]]
+                merged_a[merges] = min(p, q)
+                merged_b[merges] = max(p, q)
+                merged_score[merges] = now
+                merged_level[merges] = level
+                merges += 1
+                _merge(
+                    e, end, following, head, tail, degree, name, flags, key, table, used,
+                    kind, False, count, total, value, chain, last,
+                )  # fmt: skip
+                continue
+            flags[e] &= ~STALE
+            pushed = e
+        score[pushed] = _single_score(
+            kind, quantile, pushed, count, value, start, length, bins, counts, chain, last, tally
+        )
+        key[pushed] = _float_key(score[pushed])
+        if levels:
+            b = _queue_bin(score[pushed], levels)
+            link[pushed] = NONE
+            if front[b] == NONE:
+                front[b] = pushed
+            else:
+                link[back[b]] = pushed
+            back[b] = pushed
+            lowest = min(lowest, b)
+        else:
+            _waterz_push(heap, queued, (np.uint64(key[pushed]) << np.uint64(32)) | np.uint64(pushed))
+        queued += 1
+    for e in range(edges):
+        if flags[e] & STALE and flags[e] & DEAD == 0:
+            score[e] = _single_score(kind, quantile, e, count, value, start, length, bins, counts, chain, last, tally)
+    return merges
+
+
+def agglomerate(
+    graph: Graph,
+    threshold: float | Sequence[float] = 1.0,
+    *,
+    score: str | Score = "mean",
+    ties: str = "canonical",
+    discretize_queue: int = 0,
+    remaining: bool = False,
+) -> MergeTree:
+    """Merges the fragments of ``graph``, cheapest edge first, while the score is below ``threshold``.
+
+    Args:
+      graph: from ``region_graph``, with the statistics that the score needs (``parse_score(score).statistics(ties)``).
+      threshold: the largest threshold at which the tree will be cut, or several of which the largest counts.
+      score: see ``parse_score``; 1 - statistic, so it rises from 0 (surely one object) to 1.
+      ties: "canonical": exact sums, equal scores by edge number; the result depends on the graph only, not on blocks or
+        threads. "waterz": waterz 0.10.1's float32 arithmetic and its order among equal scores, merge for merge.
+      discretize_queue: with ``ties="waterz"``, the number of bins of its queue; 0 for its heap.
+      remaining: also keep the edges that are left, with their scores.
+
+    Returns:
+      The merge tree; ``tree.cut(t)`` for any t up to ``threshold``.
+
+    Raises:
+      ValueError: unknown score or ties, a threshold that is no number, statistics that the graph lacks.
+    """
+    scoring = parse_score(score)
+    if ties not in ("canonical", "waterz"):
+        raise ValueError(f"ties is {ties!r}; expected 'canonical' or 'waterz'")
+    thresholds = np.atleast_1d(np.asarray(threshold, np.float64))
+    if thresholds.size == 0 or np.isnan(thresholds).any():
+        raise ValueError(f"threshold is {threshold!r}; expected a number, or several")
+    if isinstance(discretize_queue, bool) or not 0 <= discretize_queue <= LARGEST_QUEUE:
+        raise ValueError(
+            f"discretize_queue is {discretize_queue!r}; expected 0 or a number of bins up to {LARGEST_QUEUE}"
+        )
+    if discretize_queue and ties == "canonical":
+        raise ValueError("discretize_queue is waterz's; expected it with ties='waterz' only")
+    most = float(thresholds.max())
+    edges = graph.uv.shape[0]
+    count, total, value, runs = _working_statistics(graph, scoring, ties)
+    start, bins, counts = runs
+    merged_a = np.empty(min(graph.nodes, edges), np.uint32)
+    merged_b = np.empty_like(merged_a)
+    flags = np.zeros(edges, np.uint8)
+    end = np.empty(2 * edges, np.uint32)
+    name = np.arange(graph.nodes + 1, dtype=np.uint32)
+    if ties == "canonical":
+        merged_score = np.empty(merged_a.size, np.float64)
+        merged_level = np.empty(merged_a.size, np.float64)
+        scores = np.empty(edges if remaining else 0, np.float64)
+        merges = _agglomerate_canonical(
+            graph.uv, graph.nodes, most, scoring.kind, scoring.quantile, count, total, float(graph.scale), value,
+            start, bins, counts, merged_a, merged_b, merged_score, merged_level, flags, scores, end, name,
+        )  # fmt: skip
+    else:
+        merged_score = np.empty(merged_a.size, np.float32)
+        merged_level = np.empty(merged_a.size, np.float32)
+        scores = np.empty(edges, np.float32)
+        merges = _agglomerate_waterz(
+            graph.uv, graph.nodes, np.float32(most), scoring.kind, scoring.quantile, count, value,
+            start, bins, counts, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
+            flags, scores, end, name,
+        )  # fmt: skip
+    left_uv = left_score = None
+    if remaining:
+        left = np.flatnonzero(flags & DEAD == 0)
+        left = left[scores[left] >= (most if ties == "canonical" else np.float32(most))]
+        left_uv = np.sort(name[end.reshape(-1, 2)[left]], axis=1)
+        left_score = scores[left].astype(np.float64)
+    return MergeTree(
+        nodes=graph.nodes,
+        a=merged_a[:merges].copy(),
+        b=merged_b[:merges].copy(),
+        score=merged_score[:merges].astype(np.float64),
+        level=merged_level[:merges].astype(np.float64),
+        threshold=most,
+        uv=left_uv,
+        uv_score=left_score,
+    )
+
+
+def _working_statistics(graph, scoring, ties):
+    """Copies of what the merges will overwrite; arrays that this score does not use are empty."""
+    lacking = {
+        "mean": graph.sum is None,
+        "running_mean": graph.running_mean is None,
+        "max": graph.max is None,
+        "histogram": graph.histograms is None,
+    }
+    needed = scoring.statistics(ties)
+    for statistic in needed:
+        if lacking[statistic]:
+            raise ValueError(f"graph lacks {statistic!r}; make it with region_graph(..., statistics={needed})")
+    count = graph.count.copy()
+    total = np.empty(0, np.int64)
+    value = np.empty(0, np.float32)
+    runs = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32)
+    if scoring.kind == MEAN:
+        if ties == "waterz":
+            value = graph.running_mean.copy()
+        else:
+            total = graph.sum.copy()
+    elif scoring.kind == MAX:
+        value = graph.max.copy()
+    elif scoring.initial_maximum:
+        count = np.ones_like(count)
+        runs = np.arange(count.size + 1), _bins(graph.max), np.ones_like(count)
+    else:
+        runs = graph.histograms.start, graph.histograms.bins.copy(), graph.histograms.counts.copy()
+    return count, total, value, runs
+
+
+@njit(nogil=True, cache=True)
+def _bins(values):
+    bins = np.empty(values.size, np.uint8)
+    for i in range(values.size):
+        bins[i] = _bin(values[i])
+    return bins

@@ -1,0 +1,456 @@
+"""Region graph of fragments: which touch, over how many faces, and what the affinities on those faces are.
+
+All statistics add: sums and counts are whole numbers, so a graph does not depend on the order in which voxels, blocks or
+threads are taken. Only the float32 running mean, which reproduces waterz, does.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numba import njit
+
+from emjax.postprocess.threads import check_threads, each, ranges
+from emjax.postprocess.volumes import NEAREST, as_fragments, nearest_channels
+
+# float32 affinities are summed as multiples of 2**-30; an affinity of 1 may then occur 2**33 times on an edge.
+FIXED_POINT = 2**30
+LARGEST_AFFINITY = 1024.0
+STATISTICS = ("mean", "max", "histogram", "running_mean", "size")
+BINS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Histograms:
+    """Affinity histograms of edges, sparse: edge e holds ``bins[start[e]:start[e + 1]]``, ascending, with ``counts``.
+
+    A value a falls into bin min(int(256 a), 255), as in waterz. ``start`` int64 (E + 1,), ``bins`` uint8, ``counts`` uint32.
+    """
+
+    start: np.ndarray
+    bins: np.ndarray
+    counts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Edges between touching fragments, in lexicographic order of (u, v), u < v, without background 0.
+
+    Attributes:
+      nodes: the largest fragment id; ids run from 1 to ``nodes`` and not all need occur.
+      uv: (E, 2) uint32.
+      count: (E,) uint32, the number of voxel faces between u and v: their contact area.
+      sum: (E,) int64, the sum of the affinities on these faces times ``scale``, or None.
+      scale: 255 for uint8 affinities, 2**30 for float32.
+      max: (E,) float32, the largest of them, or None.
+      histograms: their histograms, or None.
+      running_mean: (E,) float32, waterz's running mean in raster order, or None. Such a graph cannot be merged.
+      size: (nodes + 1,) int64, voxels of each fragment (0: background), or None.
+    """
+
+    nodes: int
+    uv: np.ndarray
+    count: np.ndarray
+    sum: np.ndarray | None = None
+    scale: int = FIXED_POINT
+    max: np.ndarray | None = None
+    histograms: Histograms | None = None
+    running_mean: np.ndarray | None = None
+    size: np.ndarray | None = None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(E,) float64, the mean affinity of each edge, from the exact sum."""
+        if self.sum is None:
+            raise ValueError("graph has no sums; make it with statistics=('mean',)")
+        return self.sum / (self.count.astype(np.float64) * self.scale)
+
+
+@njit(nogil=True, cache=True)
+def _row_faces(at, height, width, z, y, fragments, u, v, where):
+    """Faces between fragments at the lower side of each voxel of a row, per voxel in the order z, y, x; how many."""
+    up = width if y > 0 else 0
+    back = height * width if z > 0 else 0
+    n = 0
+    previous = fragments[at]
+    for x in range(width):
+        i = at + x
+        me = fragments[i]
+        other = fragments[i - back]
+        u[n] = min(me, other)
+        v[n] = max(me, other)
+        where[n] = 3 * x
+        n += np.int64((me != other) & (me != 0) & (other != 0))
+        other = fragments[i - up]
+        u[n] = min(me, other)
+        v[n] = max(me, other)
+        where[n] = 3 * x + 1
+        n += np.int64((me != other) & (me != 0) & (other != 0))
+        u[n] = min(me, previous)
+        v[n] = max(me, previous)
+        where[n] = 3 * x + 2
+        n += np.int64((me != previous) & (me != 0) & (previous != 0))
+        previous = me
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _count_faces(fragments, height, width, z0, z1, faces):
+    """Adds to ``faces[u]`` the number of faces whose smaller fragment is u."""
+    u = np.empty(3 * width + 1, np.uint32)
+    v = np.empty(3 * width + 1, np.uint32)
+    where = np.empty(3 * width + 1, np.int32)
+    for z in range(z0, z1):
+        for y in range(height):
+            at = (z * height + y) * width
+            n = _row_faces(at, height, width, z, y, fragments, u, v, where)
+            for k in range(n):
+                faces[u[k]] += np.uint32(1)
+
+
+@njit(nogil=True, cache=True)
+def _collect_faces(fragments, az, ay, ax, height, width, z0, z1, place, others, values):
+    """Writes each face's larger fragment and affinity into the bucket of its smaller fragment, in raster order."""
+    u = np.empty(3 * width + 1, np.uint32)
+    v = np.empty(3 * width + 1, np.uint32)
+    where = np.empty(3 * width + 1, np.int32)
+    for z in range(z0, z1):
+        for y in range(height):
+            at = (z * height + y) * width
+            n = _row_faces(at, height, width, z, y, fragments, u, v, where)
+            for k in range(n):
+                x = where[k] // 3
+                c = where[k] - 3 * x
+                i = at + x
+                value = az[i]
+                if c == 1:
+                    value = ay[i]
+                elif c == 2:
+                    value = ax[i]
+                p = place[u[k]]
+                place[u[k]] = p + 1
+                others[p] = v[k]
+                values[p] = value
+
+
+@njit(nogil=True, cache=True)
+def _count_edges(start, others, u0, u1, nodes, degree):
+    """``degree[u]``: how many different fragments the bucket of u names."""
+    seen = np.zeros(nodes + 1, np.uint32)
+    for u in range(u0, u1):
+        n = 0
+        for p in range(start[u], start[u + 1]):
+            v = others[p]
+            n += np.int64(seen[v] != u)
+            seen[v] = u
+        degree[u] = n
+
+
+@njit(nogil=True, cache=True)
+def _list_edges(start, others, u0, u1, first, uv, slot, count):
+    """Fills the edges of buckets ``[u0, u1)``; leaves each face's edge, counted from the bucket's first, in ``others``."""
+    for u in range(u0, u1):
+        e0 = first[u]
+        n = e0
+        for p in range(start[u], start[u + 1]):
+            v = others[p]
+            s = slot[v]
+            if s < e0 or s >= n or uv[s, 1] != v:
+                slot[v] = n
+                uv[n, 0] = u
+                uv[n, 1] = v
+                n += 1
+        if n - e0 > 16:
+            uv[e0:n, 1].sort()
+        else:
+            for e in range(e0 + 1, n):
+                v = uv[e, 1]
+                k = e
+                while k > e0 and uv[k - 1, 1] > v:
+                    uv[k, 1] = uv[k - 1, 1]
+                    k -= 1
+                uv[k, 1] = v
+        for e in range(e0, n):
+            slot[uv[e, 1]] = e
+            count[e] = 0
+        for p in range(start[u], start[u + 1]):
+            e = slot[others[p]]
+            others[p] = e - e0
+            count[e] += np.uint32(1)
+
+
+@njit(nogil=True, cache=True)
+def _sum_bytes(start, edge, values, u0, u1, first, total):
+    for u in range(u0, u1):
+        for p in range(start[u], start[u + 1]):
+            total[first[u] + edge[p]] += np.int64(values[p])
+    return 0
+
+
+@njit(nogil=True, cache=True)
+def _sum_floats(start, edge, values, u0, u1, first, total):
+    """Sums multiples of 1 / FIXED_POINT; returns how many values are NaN or too large for that."""
+    invalid = 0
+    for u in range(u0, u1):
+        for p in range(start[u], start[u + 1]):
+            value = np.float64(values[p])
+            if not abs(value) <= LARGEST_AFFINITY:
+                invalid += 1
+                continue
+            total[first[u] + edge[p]] += np.int64(np.floor(value * FIXED_POINT + 0.5))
+    return invalid
+
+
+@njit(nogil=True, cache=True)
+def _largest(start, edge, values, u0, u1, first, levels, largest):
+    for u in range(u0, u1):
+        for e in range(first[u], first[u + 1]):
+            largest[e] = -np.inf
+        for p in range(start[u], start[u + 1]):
+            e = first[u] + edge[p]
+            value = _level(values[p], levels)
+            if value > largest[e]:
+                largest[e] = value
+
+
+@njit(nogil=True, cache=True)
+def _running_means(start, edge, values, u0, u1, first, levels, mean):
+    seen = np.zeros(0, np.int64)
+    for u in range(u0, u1):
+        degree = first[u + 1] - first[u]
+        if degree > seen.size:
+            seen = np.zeros(2 * degree, np.int64)
+        seen[:degree] = 0
+        for e in range(first[u], first[u + 1]):
+            mean[e] = 0
+        for p in range(start[u], start[u + 1]):
+            e = first[u] + edge[p]
+            n = seen[edge[p]]
+            seen[edge[p]] = n + 1
+            scaled = np.float32(mean[e] * np.float32(n))
+            mean[e] = np.float32(_level(values[p], levels) + scaled) / np.float32(n + 1)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _level(value, levels):
+    """The affinity that a stored value stands for: ``levels`` has 256 of them for uint8, and none for float32."""
+    return levels[np.int64(value)] if levels.size else np.float32(value)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _bin(value):
+    """The histogram bin of an affinity, as waterz chooses it."""
+    if not value > 0:
+        return np.uint8(0)
+    if value >= 1:
+        return np.uint8(BINS - 1)
+    return np.uint8(min(np.int64(value * np.float32(BINS)), BINS - 1))
+
+
+@njit(nogil=True, cache=True)
+def _sort_bins(start, edge, values, u0, u1, first, levels, face, bins, runs):
+    """Groups the bins of each edge, sorted, at ``bins[face[e]:face[e + 1]]``; ``runs[e]``: how many differ."""
+    end = np.zeros(0, np.int64)
+    tally = np.zeros(BINS, np.int64)
+    for u in range(u0, u1):
+        degree = first[u + 1] - first[u]
+        if degree > end.size:
+            end = np.zeros(2 * degree, np.int64)
+        for k in range(degree):
+            end[k] = face[first[u] + k]
+        for p in range(start[u], start[u + 1]):
+            bins[end[edge[p]]] = _bin(_level(values[p], levels))
+            end[edge[p]] += 1
+        for e in range(first[u], first[u + 1]):
+            n = 0
+            if face[e + 1] - face[e] > 32:
+                tally[:] = 0
+                for p in range(face[e], face[e + 1]):
+                    tally[bins[p]] += 1
+                p = face[e]
+                for b in range(BINS):
+                    n += np.int64(tally[b] > 0)
+                    for _ in range(tally[b]):
+                        bins[p] = b
+                        p += 1
+            else:
+                n = 1
+                for p in range(face[e] + 1, face[e + 1]):
+                    b = bins[p]
+                    q = p
+                    while q > face[e] and bins[q - 1] > b:
+                        bins[q] = bins[q - 1]
+                        q -= 1
+                    bins[q] = b
+                for p in range(face[e] + 1, face[e + 1]):
+                    n += np.int64(bins[p] != bins[p - 1])
+            runs[e] = n
+
+
+@njit(nogil=True, cache=True)
+def _encode_runs(e0, e1, face, sorted_bins, start, bins, counts):
+    for e in range(e0, e1):
+        r = start[e] - 1
+        for p in range(face[e], face[e + 1]):
+            if p == face[e] or sorted_bins[p] != sorted_bins[p - 1]:
+                r += 1
+                bins[r] = sorted_bins[p]
+                counts[r] = 0
+            counts[r] += np.uint32(1)
+
+
+@njit(nogil=True, cache=True)
+def _count_voxels(fragments, start, stop, size):
+    i = start
+    while i < stop:
+        label = fragments[i]
+        begin = i
+        while i < stop and fragments[i] == label:
+            i += 1
+        size[label] += i - begin
+
+
+def region_sizes(fragments: np.ndarray, nodes: int | None = None) -> np.ndarray:
+    """(nodes + 1,) int64: how many voxels each id of a (z, y, x) label volume has, background first.
+
+    Raises:
+      ValueError: what ``as_fragments`` refuses.
+    """
+    fragments = as_fragments(fragments).reshape(-1)
+    size = np.zeros((int(fragments.max()) if nodes is None else nodes) + 1, np.int64)
+    _count_voxels(fragments, 0, fragments.size, size)
+    return size
+
+
+def affinity_levels(dtype: np.dtype) -> np.ndarray:
+    """float32(value) / float32(255) for the 256 uint8 values; empty for float32, which stands for itself."""
+    if dtype == np.uint8:
+        return np.arange(256, dtype=np.float32) / np.float32(255)
+    return np.empty(0, np.float32)
+
+
+def region_graph(
+    affinities: np.ndarray,
+    fragments: np.ndarray,
+    statistics: Iterable[str] = ("mean",),
+    offsets: Sequence[Sequence[int]] = NEAREST,
+    *,
+    threads: int = 1,
+) -> Graph:
+    """The region graph of ``fragments``, with the affinities on the faces between them.
+
+    Args:
+      affinities: (c, z, y, x) float32 or uint8, as for ``watershed``.
+      fragments: (z, y, x) whole numbers, 0 = background, which has no edges.
+      statistics: any of "mean" (exact sums), "max", "histogram" (256 bins), "running_mean" (waterz's float32 mean) and
+        "size" (voxels of each fragment); counts are always made.
+      offsets: (z, y, x) offset of each channel.
+      threads: worker threads; the result does not depend on their number.
+
+    Raises:
+      ValueError: unknown statistics, unfit shapes or dtypes, negative or too large ids, NaN or huge affinities on a face.
+    """
+    threads = check_threads(threads)
+    wanted = {statistics} if isinstance(statistics, str) else set(statistics)
+    if wanted - set(STATISTICS):
+        raise ValueError(
+            f"statistics has {sorted(wanted - set(STATISTICS))[0]!r}; expected any of {', '.join(STATISTICS)}"
+        )
+    az, ay, ax = (channel.reshape(-1) for channel in nearest_channels(affinities, offsets))
+    shape = np.shape(affinities)[1:]
+    fragments = as_fragments(fragments, shape)
+    nodes = int(fragments.max())
+    flat = fragments.reshape(-1)
+    depth, height, width = shape
+
+    slabs = ranges(depth, threads)
+    faces = np.zeros((len(slabs), nodes + 2), np.uint32)
+    each(
+        lambda z0, z1, faces: _count_faces(flat, height, width, z0, z1, faces),
+        [(*slab, row) for slab, row in zip(slabs, faces)],
+        threads,
+    )
+    start = np.zeros(nodes + 3, np.int64)
+    np.cumsum(faces.sum(axis=0, dtype=np.int64), out=start[1:])
+    place = start[:-1] + np.cumsum(np.vstack([np.zeros_like(faces[:1]), faces[:-1]]), axis=0, dtype=np.int64)
+    del faces
+    total = int(start[-1])
+    edge = np.empty(total, np.uint32)
+    values = np.empty(total, az.dtype)
+    each(
+        lambda z0, z1, place: _collect_faces(flat, az, ay, ax, height, width, z0, z1, place, edge, values),
+        [(*slab, row) for slab, row in zip(slabs, place)],
+        threads,
+    )
+    del place
+
+    bounds = np.searchsorted(start, [total * part // threads for part in range(1, threads)])
+    bounds = [0, *(int(bound) for bound in np.minimum(bounds, nodes + 1)), nodes + 1]
+    buckets = list(zip(bounds[:-1], bounds[1:]))
+    degree = np.zeros(nodes + 1, np.int64)
+    each(lambda u0, u1: _count_edges(start, edge, u0, u1, nodes, degree), buckets, threads)
+    first = np.zeros(nodes + 2, np.int64)
+    np.cumsum(degree, out=first[1:])
+    edges = int(first[-1])
+    uv = np.empty((edges, 2), np.uint32)
+    count = np.empty(edges, np.uint32)
+    each(
+        lambda u0, u1: _list_edges(start, edge, u0, u1, first, uv, np.zeros(nodes + 1, np.int64), count),
+        buckets,
+        threads,
+    )
+
+    levels = affinity_levels(values.dtype)
+    scale = 255 if levels.size else FIXED_POINT
+    sums = np.zeros(edges, np.int64)
+    add = _sum_bytes if levels.size else _sum_floats
+    invalid = sum(each(lambda u0, u1: add(start, edge, values, u0, u1, first, sums), buckets, threads))
+    if invalid:
+        raise ValueError(
+            f"affinities has {invalid} values between fragments that are NaN or larger than {LARGEST_AFFINITY:g}; "
+            "expected numbers, usually in [0, 1]"
+        )
+    largest = running = histograms = size = None
+    if "max" in wanted:
+        largest = np.empty(edges, np.float32)
+        each(lambda u0, u1: _largest(start, edge, values, u0, u1, first, levels, largest), buckets, threads)
+    if "running_mean" in wanted:
+        running = np.empty(edges, np.float32)
+        each(lambda u0, u1: _running_means(start, edge, values, u0, u1, first, levels, running), buckets, threads)
+    if "histogram" in wanted:
+        histograms = _histograms(start, edge, values, buckets, first, levels, count, threads)
+    if "size" in wanted:
+        size = region_sizes(fragments, nodes)
+    return Graph(
+        nodes=nodes,
+        uv=uv,
+        count=count,
+        sum=sums if "mean" in wanted else None,
+        scale=scale,
+        max=largest,
+        histograms=histograms,
+        running_mean=running,
+        size=size,
+    )
+
+
+def _histograms(start, edge, values, buckets, first, levels, count, threads):
+    face = np.zeros(count.size + 1, np.int64)
+    np.cumsum(count, out=face[1:])
+    sorted_bins = np.empty(values.size, np.uint8)
+    runs = np.empty(count.size, np.int64)
+    each(
+        lambda u0, u1: _sort_bins(start, edge, values, u0, u1, first, levels, face, sorted_bins, runs),
+        buckets,
+        threads,
+    )
+    run = np.zeros(count.size + 1, np.int64)
+    np.cumsum(runs, out=run[1:])
+    bins = np.empty(int(run[-1]), np.uint8)
+    counts = np.empty(int(run[-1]), np.uint32)
+    each(
+        lambda u0, u1: _encode_runs(first[u0], first[u1], face, sorted_bins, run, bins, counts),
+        buckets,
+        threads,
+    )
+    return Histograms(run, bins, counts)
