@@ -16,8 +16,9 @@ import numpy as np
 import tifffile
 
 from emjax.data import ome
-from emjax.data.sources import Box, Opened
-from emjax.data.stores import choose_one, describe_box, one_line
+from emjax.data.folder import one_line, sibling
+from emjax.data.sources import Box, Opened, describe_box
+from emjax.data.stores import choose_one
 from emjax.errors import UserError, nearest
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".h5py")
@@ -31,9 +32,7 @@ def must_exist(path: str) -> None:
         return
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; a file is expected")
-    folder = os.path.dirname(os.path.abspath(path))
-    hint = nearest(os.path.basename(path), os.listdir(folder)) if os.path.isdir(folder) else ""
-    raise UserError(f"{path} does not exist{hint}")
+    raise UserError(f"{path} does not exist{sibling(path)}")
 
 
 # --- HDF5 ------------------------------------------------------------------------------------------------------------
@@ -276,12 +275,15 @@ def open_tiff(path: str, dataset: str | None) -> Opened:
         )
     if end > os.path.getsize(path):
         raise UserError(f"{path} is truncated: {os.path.getsize(path)} of {end} bytes are there")
-    # TIFF drops axes of length 1; a volume of ours with one channel says so.
-    one_channel = attributes.pop("axes", None) == "czyx" and len(shape) == 3
-    names = "czyx" if one_channel else tiff_axes(axes)
-    shape = (1, *shape) if one_channel else shape
+    names = tiff_axes(axes)
+    written = attributes.pop("shape", None)
+    if written and np.prod(written) == np.prod(shape):
+        # TIFF drops axes of length 1; a volume of ours says which it had.
+        shape, names = tuple(written), "czyx"[4 - len(written) :]
+    elif len(shape) == 2:
+        shape, names = (1, *shape), "zyx"
     source = TiffSource(path, number, shape, dtype)
-    return Opened(source, names, size, offset, attributes, keep_channel=one_channel)
+    return Opened(source, names, size, offset, attributes, keep_channel=written is not None)
 
 
 def tiff_axes(axes: str) -> str:
@@ -336,7 +338,7 @@ def _ome_tiff_geometry(text: str) -> tuple[Triple | None, Triple, dict[str, Any]
     offset = tuple(notes.get("offset_nm", (0.0, 0.0, 0.0)))
     exact = notes.get("voxel_size_nm")
     size = tuple(exact) if exact else None if None in found else tuple(found)
-    attributes = {**notes.get("attributes", {}), **({"axes": notes["axes"]} if "axes" in notes else {})}
+    attributes = {**notes.get("attributes", {}), **({"shape": notes["shape"]} if "shape" in notes else {})}
     return size, offset, attributes  # type: ignore[return-value]
 
 
@@ -350,8 +352,10 @@ def create_tiff(
     attributes: Mapping[str, Any],
 ) -> TiffSource:
     """Create an uncompressed OME-TIFF that is written in place, all of its disk space claimed at once."""
+    if dtype.name in ("uint64", "int64", "float16"):
+        raise UserError(f"{path}: OME-TIFF has no {dtype.name}; write another type, .zarr or .h5")
     axes = "czyx"[4 - len(shape) :]
-    known = {"axes": axes, "voxel_size_nm": voxel_size, "offset_nm": offset, "attributes": ome.plain(attributes)}
+    known = {"shape": shape, "voxel_size_nm": voxel_size, "offset_nm": offset, "attributes": ome.plain(attributes)}
     notes = {"emjax": known}
     metadata: dict[str, Any] = {
         "axes": axes.upper(),

@@ -90,6 +90,10 @@ def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in box)
 
 
+def describe_box(box: Box) -> str:
+    return "[" + ", ".join(f"{part.start}:{part.stop}" for part in box) + "]"
+
+
 def whole(shape: Sequence[int]) -> Box:
     return tuple(slice(0, length) for length in shape)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from emjax.data import files, ome, stores
+from emjax.data import files, ome, stores, stores_write
+from emjax.data.folder import is_remote, join, one_line
+from emjax.data.location import STORES, Location, locate, output_location
 from emjax.data.sources import (
     ChunkCache,
     InMemory,
@@ -22,15 +24,13 @@ from emjax.data.sources import (
     Source,
     View,
     box_shape,
+    describe_box,
     resolve_index,
     whole,
 )
 from emjax.errors import UserError
 
 Triple = tuple[float, float, float]
-
-STORES = ("zarr", "zarr2", "n5", "precomputed")
-FORMATS = ("zarr", "zarr2", "n5", "precomputed", "hdf5", "tiff")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class Volume:
         target = tuple(n for n, step in zip(box_shape(box), after) if isinstance(step, slice))
         array = fitting(np.asarray(array), self.dtype, self.spec)
         if array.ndim and array.shape != target:
-            raise UserError(f"{self.spec}: a block of shape {array.shape} was given for {stores.describe_box(box)}")
+            raise UserError(f"{self.spec}: a block of shape {array.shape} was given for {describe_box(box)}")
         if 0 not in box_shape(box):
             self.source.write(box, np.broadcast_to(array, target).reshape(box_shape(box)))
 
@@ -244,100 +244,6 @@ def triple(value: Any, name: str, *, positive: bool = False) -> Triple:
     return numbers  # type: ignore[return-value]
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-_SINGLE = "|".join(re.escape(s.lstrip(".")) for s in (*files.HDF5_SUFFIXES, *files.TIFF_SUFFIXES, ".npy"))
-_PREFIXES = {"precomputed": "precomputed", "zarr": "zarr", "zarr2": "zarr", "zarr3": "zarr", "n5": "n5"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Location:
-    """A name taken apart: format ("zarr", "n5", "precomputed", "hdf5", "tiff", "npy", "sections"), path, dataset."""
-
-    kind: str
-    path: str
-    dataset: str | None
-
-
-def _kind_of_file(path: str) -> str | None:
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in files.HDF5_SUFFIXES:
-        return "hdf5"
-    if suffix in files.TIFF_SUFFIXES:
-        return "tiff"
-    return "npy" if suffix == ".npy" else None
-
-
-def _split(path: str) -> tuple[str, str | None]:
-    """``path:dataset`` apart; the colons of a scheme and of a port are no separators."""
-    scheme = re.match(r"\w+://[^/]*", path)
-    head = scheme[0] if scheme else ""
-    front, colon, inner = path[len(head) :].partition(":")
-    return (head + front, inner.strip("/") or None) if colon else (path, None)
-
-
-def _by_name(path: str) -> Location | None:
-    """The location that a name's suffix tells, ``path.zarr/inner`` and ``path.h5/inner`` included."""
-    single = re.match(rf"(.+\.(?:{_SINGLE}))(?:[:/](.*))?$", path, re.IGNORECASE)
-    if single and not _is_pattern(single[1]):
-        return Location(_kind_of_file(single[1]) or "", single[1], single[2] or None)
-    chunked = re.match(r"(.+?\.(zarr[23]?|n5|precomputed))(?:[:/](.*))?$", path)
-    if chunked:
-        kind = "zarr" if chunked[2].startswith("zarr") else chunked[2]
-        return Location(kind, chunked[1], (chunked[3] or "").strip("/") or None)
-    return None
-
-
-def _is_pattern(path: str) -> bool:
-    return any(letter in path for letter in "*?[")
-
-
-def locate(spec: str | os.PathLike, dataset: str | None = None) -> Location:
-    """Take a volume's name apart.
-
-    Raises:
-        UserError: the format cannot be told, nothing is there, or two different datasets are named.
-    """
-    text = os.fspath(spec).removeprefix("file://")
-    if not text:
-        raise UserError("a volume has an empty name")
-    place = _locate(text)
-    if stores.is_remote(place.path) and place.kind not in STORES:
-        raise UserError(f"{place.path}: only Zarr, N5 and precomputed are read over the network; download it first")
-    asked = dataset.strip("/") if dataset is not None else None
-    if asked and place.dataset and asked != place.dataset:
-        raise UserError(f"{text}: the name says {place.dataset!r}, the dataset argument {dataset!r}; give one of them")
-    return dataclasses.replace(place, dataset=place.dataset or asked or None)
-
-
-def _locate(text: str) -> Location:
-    prefix, mark, rest = text.partition("://")
-    if mark and prefix in _PREFIXES:
-        rest = rest.removeprefix("file://")
-        return Location(_PREFIXES[prefix], *((rest, None) if os.path.isdir(rest) else _split(rest)))
-    remote = stores.is_remote(text)
-    if not remote and os.path.isfile(text):
-        kind = _kind_of_file(text) or ("sections" if text.lower().endswith(".png") else None)
-        if kind:
-            return Location(kind, text, None)
-    elif (named := _by_name(text)) is not None:
-        return named
-    elif not remote and (_is_pattern(text) or text.lower().endswith(".png")):
-        return Location("sections", text, None)
-    else:
-        for path, inner in dict.fromkeys([(text, None), _split(text)]):
-            if (remote or os.path.isdir(path)) and (kind := stores.detect(path)):
-                return Location(kind, path, inner)
-        if os.path.isdir(text):
-            return Location("sections", text, None)
-        if not remote and not os.path.exists(_split(text)[0]):
-            raise UserError(f"{text} does not exist{stores.sibling(text)}")
-    raise UserError(
-        f"{text}: format unknown; expected .zarr, .n5, .h5:DATASET, .tif, .npy, a folder or pattern of PNG or TIFF "
-        "sections, or precomputed://"
-    )
-
-
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +324,7 @@ def _arrange(name: str, opened: Opened, axes: str | None) -> Volume:
     length = dict(zip(stored, source.shape))
     if length.get("t", 1) != 1:
         raise UserError(f"{name} has {length['t']} time points (axes {stored}, shape {shape}); one is expected")
-    wanted = "czyx" if length.get("c", 1) > 1 or opened.keep_channel else "zyx"
+    wanted = "czyx" if length.get("c", 1) > 1 or (opened.keep_channel and "c" in length) else "zyx"
     order = tuple(stored.index(letter) for letter in wanted)
     if order != tuple(range(len(source.shape))):
         source = View(source, order, whole(source.shape))
@@ -442,7 +348,7 @@ class _Output:
         if self.temporary is None or self._cleanup is None or not self._cleanup.alive:
             return
         self.source.close()
-        with stores.one_line(f"cannot write {self.path}"):
+        with one_line(f"cannot write {self.path}"):
             with open(self.temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(self.temporary, self.path)
@@ -454,7 +360,7 @@ class _Output:
             with contextlib.suppress(UserError):
                 self.source.close()
             self._cleanup()
-        elif self.fresh and not stores.is_remote(self.path):
+        elif self.fresh and not is_remote(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -502,7 +408,7 @@ def create_volume(
         UserError: something is there already, the metadata does not fit, or the place cannot be written.
     """
     name = os.fspath(path)
-    place = _output_location(name, format)
+    place = output_location(name, format)
     lengths = tuple(int(n) for n in shape)
     if len(lengths) not in (3, 4) or min(lengths) < 1:
         raise UserError(f"{name}: shape {lengths} is not (z, y, x) or (channel, z, y, x) of positive lengths")
@@ -510,8 +416,8 @@ def create_volume(
     if kind.kind not in "uif":
         raise UserError(f"{name}: a volume of {np.dtype(dtype)} cannot be written, only numbers")
     size, origin = triple(voxel_size, "voxel size", positive=True), triple(offset, "offset")
-    pieces = tuple(int(c) for c in chunks) if chunks is not None else stores.default_chunks(lengths, size)
-    stores.check_chunks(name, lengths, pieces, shards)
+    pieces = tuple(int(c) for c in chunks) if chunks is not None else stores_write.default_chunks(lengths, size)
+    stores_write.check_chunks(name, lengths, pieces, shards)
     notes = ome.plain(dict(attributes or {}))
     if encoding is not None and place.kind != "precomputed":
         raise UserError(f"{name}: encoding {encoding!r} is for precomputed volumes")
@@ -522,51 +428,25 @@ def create_volume(
         return Volume(name, source, "czyx" if len(lengths) == 4 else "zyx", size, origin, notes, False, output)
     if shards is not None and place.kind != "zarr" and tuple(shards) != pieces:
         raise UserError(f"{name}: shards are a matter of Zarr 3; leave them out")
-    node = stores.join(place.path, place.dataset) if place.dataset else place.path
-    fresh = not stores.exists(node)
+    node = join(place.path, place.dataset) if place.dataset else place.path
+    fresh = not stores_write.exists(node)
     shared: dict[str, Any] = {**geometry, "chunks": pieces, "overwrite": overwrite}
     if place.kind == "precomputed":
-        stores.create_precomputed(place.path, lengths, kind, encoding=encoding, **shared)
+        stores_write.create_precomputed(place.path, lengths, kind, encoding=encoding, **shared)
     elif place.kind == "n5":
-        stores.create_n5(place.path, place.dataset, lengths, kind, **shared)
+        stores_write.create_n5(place.path, place.dataset, lengths, kind, **shared)
     else:
         version = 2 if place.kind == "zarr2" else 3
         whole_shards = None
         if version == 3:
             whole_shards = (
-                tuple(int(s) for s in shards) if shards is not None else stores.default_shards(lengths, pieces)
+                tuple(int(s) for s in shards) if shards is not None else stores_write.default_shards(lengths, pieces)
             )
         if whole_shards == pieces:
             whole_shards = None
-        stores.create_zarr(place.path, place.dataset, version, lengths, kind, shards=whole_shards, **shared)
+        stores_write.create_zarr(place.path, place.dataset, version, lengths, kind, shards=whole_shards, **shared)
     opened = open_volume(name if place.kind != "precomputed" else f"precomputed://{place.path}", writable=True)
     return dataclasses.replace(opened, spec=name, output=_Output(node, fresh=fresh or overwrite))
-
-
-def _output_location(name: str, format: str | None) -> Location:
-    if format is not None and format not in FORMATS:
-        raise UserError(f"{name}: unknown format {format!r}, expected one of {', '.join(FORMATS)}")
-    text = name.removeprefix("file://")
-    prefix, mark, rest = text.partition("://")
-    if mark and prefix in _PREFIXES:
-        place = Location("zarr2" if prefix == "zarr2" else _PREFIXES[prefix], *_split(rest.removeprefix("file://")))
-    else:
-        named = None if _is_pattern(text) else _by_name(text)
-        if named is None and format is None:
-            raise UserError(
-                f"{name}: the format to write is unknown; end the name in .zarr, .n5, .h5, .tif, or write precomputed://"
-            )
-        place = named or Location("", *_split(text))
-    kind = format or place.kind
-    if kind == "npy":
-        raise UserError(f"{name}: .npy cannot hold a voxel size; write .zarr, .h5 or .tif")
-    if kind == "precomputed" and place.dataset:
-        raise UserError(f"{name}: a new precomputed volume has one scale; leave {place.dataset!r} out")
-    if stores.is_remote(place.path) and kind not in STORES:
-        raise UserError(f"{name}: only Zarr, N5 and precomputed are written over the network")
-    if place.path.startswith(("http://", "https://")):
-        raise UserError(f"{name}: nothing can be written to an http address")
-    return dataclasses.replace(place, kind=kind)
 
 
 def _create_file(
@@ -595,7 +475,7 @@ def _create_file(
     elif there and not overwrite:
         raise UserError(f"{path} exists; remove it, choose another output, or pass --overwrite")
     try:
-        with stores.one_line(f"cannot create {path}"):
+        with one_line(f"cannot create {path}"):
             os.makedirs(folder, exist_ok=True)
             if adding:
                 shutil.copyfile(path, temporary)
@@ -622,7 +502,7 @@ def mark_complete(spec: str | os.PathLike, complete: bool = True) -> None:
     """Record in the metadata of a store that everything has been written (single files need no mark)."""
     place = locate(spec)
     if place.kind in STORES:
-        stores.update_marker(place.path, place.kind, place.dataset, complete=complete)
+        stores_write.update_marker(place.path, place.kind, place.dataset, complete=complete)
 
 
 def is_complete(spec: str | os.PathLike) -> bool:
@@ -644,7 +524,7 @@ def set_attributes(spec: str | os.PathLike, attributes: Mapping[str, Any]) -> No
         raise UserError(f"{os.fspath(spec)}: attributes can be added to Zarr, N5 and precomputed volumes only")
     volume = open_volume(spec, allow_incomplete=True)
     merged = {**volume.attributes, **ome.plain(dict(attributes))}
-    stores.update_marker(place.path, place.kind, place.dataset, attributes=merged)
+    stores_write.update_marker(place.path, place.kind, place.dataset, attributes=merged)
 
 
 # --- reading faster --------------------------------------------------------------------------------------------------
