@@ -27,7 +27,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> None:
     """Runs a command and exits with 0 done, 1 failed work, 2 wrong use; errors are one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for chatty in ("jax", "orbax", "absl", "grain"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

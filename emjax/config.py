@@ -34,6 +34,9 @@ class Data:
         threads: reading and augmenting threads of each process.
         cache_gb: volumes are kept in memory up to this size.
         validation_batches: batches of ``batch_size`` fixed validation crops.
+        transport: how grey values travel to the device, ``"uint8"`` (0..255) or ``"float32"`` (0..1).
+        split_components: connected parts of a label crop become objects of their own.
+        min_labelled: least labelled share of a crop; crops with less are drawn again.
     """
 
     train: tuple[Source, ...]
@@ -44,6 +47,9 @@ class Data:
     threads: int = 4
     cache_gb: float = 8.0
     validation_batches: int = 4
+    transport: Literal["uint8", "float32"] = "uint8"
+    split_components: bool = False
+    min_labelled: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from emjax.data.targets import widen_borders as widen
 from emjax.errors import UserError
 from emjax.models.unet import UNet, UNetConfig
 from emjax.postprocess import agglomerate, apply, region_graph, watershed
-from emjax.systems.protocol import Block, Output, Triple, flip_back_affinities
+from emjax.systems.protocol import Block, Output, Triple, flip_back_affinities, unit_grey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Config:
         widen_borders: window in which a voxel with two ids becomes background; ``None`` leaves labels as they are.
         loss: ``"bce"`` or ``"mse"`` (of the probabilities), plus ``dice_weight`` times a Dice term.
         class_balance: rarer class weighs more, so that thin membranes count.
-        image_mean, image_std: normalisation of grey values 0..255.
+        image_mean, image_std: normalisation of grey values 0..1.
         voxel_size: nm (z, y, x) that the model is meant for; prediction warns when the volume's differs.
         plan: blocks of prediction.
         segmentation: default post-processing.
@@ -58,8 +58,8 @@ class Config:
     dice_weight: float = 0.0
     class_balance: bool = True
     side_weight: float = 0.4
-    image_mean: float = 128.0
-    image_std: float = 33.0
+    image_mean: float = 0.5
+    image_std: float = 0.13
     voxel_size: tuple[float, float, float] | None = None
     plan: Block = Block(size=(32, 128, 128), stride=(24, 96, 96), halo=(4, 16, 16))
     segmentation: Segmentation = Segmentation()
@@ -87,7 +87,7 @@ def trainable(config: Config, path: str) -> bool:
 
 
 def _normalise(config: Config, image: jax.Array) -> jax.Array:
-    return ((image.astype(jnp.float32) - config.image_mean) / config.image_std)[..., None]
+    return ((unit_grey(image) - config.image_mean) / config.image_std)[..., None]
 
 
 def targets(config: Config, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

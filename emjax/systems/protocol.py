@@ -83,10 +83,10 @@ class System(Protocol):
     def loss(
         self, config: Any, model: nnx.Module, batch: Mapping[str, jax.Array], key: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Scalar loss and scalars to log. ``batch["image"]`` is uint8 or float32 (b, z, y, x); keys are explicit."""
+        """Scalar loss and scalars to log. ``batch["image"]`` is uint8, or float32 in 0..1, (b, z, y, x)."""
 
     def predict(self, config: Any, model: nnx.Module, image: jax.Array) -> dict[str, jax.Array]:
-        """Outputs (b, z, y, x, channel) of blocks ``image`` (b, z, y, x), uint8 or float32 in 0..255; jit-able."""
+        """Outputs (b, z, y, x, channel) of blocks ``image`` (b, z, y, x), uint8, or float32 in 0..1; jit-able."""
 
     def flip_back(self, config: Any, outputs: dict[str, jax.Array], axes: tuple[int, ...]) -> dict[str, jax.Array]:
         """Outputs of an image flipped along ``axes`` (of z, y, x = 0, 1, 2), turned back; for test-time flips."""
@@ -107,6 +107,11 @@ class System(Protocol):
 def system_of(config: Any) -> System:
     """The system that a ``Config`` object belongs to."""
     return cast(System, sys.modules[type(config).__module__])
+
+
+def unit_grey(image: jax.Array) -> jax.Array:
+    """Grey values as float32 in 0..1, from uint8 or from what is already in that range."""
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
 
 
 def flip_back_affinities(affinities: jax.Array, offsets: tuple[Triple, ...], axes: tuple[int, ...]) -> jax.Array:

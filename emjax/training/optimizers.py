@@ -1,0 +1,93 @@
+"""Optimisers and schedules by name, as optax transformations."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emjax.config import Optimizer
+
+
+def schedule(config: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, ...: linear warm-up times the chosen decay over all ``steps``."""
+
+    def rate(step: jax.Array) -> jax.Array:
+        share = jnp.clip(step / steps, 0.0, 1.0)
+        if config.schedule == "cosine":
+            value = config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        elif config.schedule == "poly":
+            value = config.final_lr + (config.lr - config.final_lr) * (1 - share) ** config.power
+        else:
+            value = jnp.asarray(config.lr)
+        if config.warmup_steps:
+            done = jnp.clip(step / config.warmup_steps, 0.0, 1.0)
+            value = value * (config.warmup_factor * (1 - done) + done)
+        return value
+
+    return rate
+
+
+class AmsgradState(NamedTuple):
+    """Moments of :func:`scale_by_amsgrad`."""
+
+    count: jax.Array
+    mean: Any
+    square: Any
+    largest: Any
+
+
+def scale_by_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """AMSGrad as PyTorch computes it: the maximum is taken over the uncorrected second moment, ``eps`` is added to the
+    bias-corrected root (optax corrects before the maximum)."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AmsgradState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates)
+        largest = jax.tree.map(jnp.maximum, state.largest, square)
+        # Python floats keep the corrections in the precision of the parameters.
+        first, second = 1 - b1**count, 1 - b2**count
+        scaled = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v) / jnp.sqrt(second) + eps), mean, largest)
+        return scaled, AmsgradState(count, mean, square, largest)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decays(path: str, value: jax.Array, config: Optimizer) -> bool:
+    return config.decay_norms or value.ndim > 1
+
+
+def _by_path(function, tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: function(".".join(str(key.key) for key in path), value), tree
+    )
+
+
+def _multiplier(config: Optimizer, path: str) -> float:
+    return next((factor for pattern, factor in config.multipliers if re.search(pattern, path)), 1.0)
+
+
+def make(config: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The whole chain: clip, (coupled decay), moments, (decoupled decay), multipliers, rate."""
+    decay_mask = lambda params: _by_path(lambda path, value: _decays(path, value, config), params)  # noqa: E731
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask) if config.weight_decay else optax.identity()
+    moments = {
+        "adamw": lambda: [optax.scale_by_adam(config.b1, config.b2, config.eps), decay],
+        "adam": lambda: [decay, optax.scale_by_adam(config.b1, config.b2, config.eps)],
+        "amsgrad": lambda: [decay, scale_by_amsgrad(config.b1, config.b2, config.eps)],
+        "sgd": lambda: [decay, optax.trace(config.b1, nesterov=True)],
+    }[config.name]()
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    scales = []
+    if config.multipliers:
+        scales = [
+            optax.stateless(lambda updates, params: _by_path(lambda path, u: u * _multiplier(config, path), updates))
+        ]
+    return optax.chain(*clip, *moments, *scales, optax.scale_by_learning_rate(schedule(config, steps)))
