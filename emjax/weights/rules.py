@@ -64,7 +64,7 @@ class Rules:
 
     ``renames``: (regular expression, replacement) applied in order to the whole translated name; ``layouts``: (regular
     expression on our path, layout), the first that matches counts; ``ignored``: regular expressions of their names that
-    carry nothing (counters of batches and the like), written back as ``num_batches_tracked`` never is.
+    carry nothing and are not written back (counters of batches).
     """
 
     renames: Sequence[tuple[str, str]] = ()

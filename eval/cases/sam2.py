@@ -31,7 +31,7 @@ from emjax.models.sam2.stack import (
     track,
 )
 from emjax.weights.rules import read_state
-from emjax.weights.sam2 import RULES
+from emjax.weights.sam2 import OFFICIAL
 
 MODULE = 1e-4
 TRACKING = 3e-4
@@ -54,7 +54,7 @@ def network(path: pathlib.Path, size: str, seed: int):
     """(definition, collections) of a version 2.1 network with the oracle's weights."""
     config = sam2_config(size, "2.1")
     definition = define(lambda rngs: SAM2(config, rngs))
-    collections = read_state(weights(path, size, seed), definition.shapes, RULES, str(path))
+    collections = read_state(weights(path, size, seed), definition.shapes, OFFICIAL, str(path))
     return definition, jax.tree.map(jnp.asarray, collections)
 
 
