@@ -10,6 +10,22 @@ from flax import nnx
 from emjax.models.layers.attention import attend, merge_heads, split_heads
 
 
+class Keys:
+    """Stands in for ``nnx.Rngs`` while a network is built.
+
+    It counts in Python; the counter of ``nnx.Rngs`` is a traced variable, whose every change searches the whole trace,
+    so that building a large network takes half a minute.
+    """
+
+    def __init__(self, rngs: "nnx.Rngs | Keys"):
+        self._key, self._count = rngs.params(), 0
+
+    def params(self) -> jax.Array:
+        """A fresh key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
 def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), rngs=rngs)
 

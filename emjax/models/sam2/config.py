@@ -43,13 +43,15 @@ class HieraConfig:
 class SAM2Config:
     """One SAM 2 network.
 
-    ``pointer_time_encoding`` and ``occlusion_embedding`` are what version 2.1 added. ``dtype`` is that of activations
-    and matrix products; parameters, norms' statistics and softmax stay in float32.
+    ``pointer_time_encoding`` and ``occlusion_embedding`` are what version 2.1 added. ``image_only`` leaves out all that
+    tracking needs. ``dtype`` is that of activations and matrix products; parameters, norms' statistics and softmax
+    stay in float32.
     """
 
     hiera: HieraConfig
     pointer_time_encoding: bool = True
     occlusion_embedding: bool = True
+    image_only: bool = False
     features: int = 256
     memory_features: int = 64
     memories: int = 7

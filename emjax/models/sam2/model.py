@@ -8,7 +8,7 @@ from flax import nnx
 
 from emjax.models.layers.position import sine_of_scalar, sine_position
 from emjax.models.layers.resize import resize
-from emjax.models.sam2.blocks import MLP, convolution, linear
+from emjax.models.sam2.blocks import MLP, Keys, convolution, linear
 from emjax.models.sam2.config import SAM2Config
 from emjax.models.sam2.mask_decoder import MaskDecoder, single_mask
 from emjax.models.sam2.memory import MemoryAttention, MemoryEncoder
@@ -86,6 +86,7 @@ class SAM2(nnx.Module):
     def __init__(self, config: SAM2Config, rngs: nnx.Rngs):
         dtype, features, memory = config.dtype, config.features, config.memory_features
         self.config = config
+        rngs = Keys(rngs)
         normal = nnx.initializers.truncated_normal(0.02)
 
         def parameter(*shape: int) -> nnx.Param:
@@ -94,12 +95,14 @@ class SAM2(nnx.Module):
         self.image_encoder = ImageEncoder(config, rngs)
         self.sam_prompt_encoder = PromptEncoder(features, dtype, rngs)
         self.sam_mask_decoder = MaskDecoder(features, dtype, rngs, config.attention)
+        self.no_mem_embed = parameter(1, 1, features)
+        if config.image_only:
+            return
         self.memory_encoder = MemoryEncoder(features, memory, dtype, rngs)
         self.memory_attention = MemoryAttention(features, memory, config.memory_layers, dtype, rngs, config.attention)
         self.mask_downsample = convolution(1, 1, 4, 4, 0, dtype, rngs)
         self.obj_ptr_proj = MLP((features,) * 4, dtype, rngs)
         self.maskmem_tpos_enc = parameter(config.memories, 1, 1, memory)
-        self.no_mem_embed = parameter(1, 1, features)
         self.no_mem_pos_enc = parameter(1, 1, features)
         self.no_obj_ptr = parameter(1, features)
         if config.occlusion_embedding:
@@ -160,7 +163,12 @@ class SAM2(nnx.Module):
         return Heads(candidates, ious, low, self.pointer(token, present), score)
 
     def pointer(self, token: jax.Array, present: jax.Array) -> jax.Array:
-        """Output tokens (batch, 256) to object pointers, float32; absent objects have the no-object pointer."""
+        """Output tokens (batch, 256) to object pointers, float32; absent objects have the no-object pointer.
+
+        A network for single images has no pointers and gives zeros.
+        """
+        if self.config.image_only:
+            return jnp.zeros(token.shape, jnp.float32)
         projected = self.obj_ptr_proj(token).astype(jnp.float32)
         return jnp.where(present[:, None], projected, self.no_obj_ptr[...])
 

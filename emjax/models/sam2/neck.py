@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emjax.models.layers.resize import upsample_nearest
-from emjax.models.sam2.blocks import convolution
+from emjax.models.sam2.blocks import Keys, convolution
 from emjax.models.sam2.config import SAM2Config
 from emjax.models.sam2.hiera import Hiera
 
@@ -52,6 +52,7 @@ class ImageEncoder(nnx.Module):
     """Trunk and neck: images (batch, H, W, 3), normalised, to :class:`EncodedImage`."""
 
     def __init__(self, config: SAM2Config, rngs: nnx.Rngs):
+        rngs = Keys(rngs)
         self.trunk = Hiera(config.hiera, rngs, config.dtype, config.attention)
         self.neck = FpnNeck(config.hiera.widths, config.features, config.dtype, rngs)
 
