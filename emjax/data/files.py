@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import json
+import logging
 import os
 import re
 import threading
@@ -188,7 +189,7 @@ class TiffSource:
         self.path, self.series, self.shape = path, series, shape
         self.dtype = np.dtype(dtype).newbyteorder("=")
         self.writable = writable
-        self.chunks = (1,) * (len(shape) - 2) + tuple(shape[-2:])
+        self.chunks: tuple[int, ...] | None = (1,) * (len(shape) - 2) + tuple(shape[-2:])
         self.shards = self.chunks
         self._mapped: np.ndarray | None = None
         self._tried = False
@@ -199,8 +200,7 @@ class TiffSource:
     def _map(self) -> np.ndarray | None:
         if not self._tried:
             with contextlib.suppress(ValueError):
-                mode = "r+" if self.writable else "r"
-                mapped = tifffile.memmap(self.path, series=self.series, mode=mode)
+                mapped = tifffile.memmap(self.path, series=self.series, mode="r+" if self.writable else "r")
                 self._mapped = mapped.reshape(self.shape)
             self._tried = True
         return self._mapped
@@ -219,9 +219,9 @@ class TiffSource:
         with tifffile.TiffFile(self.path) as file:
             series = file.series[self.series]
             paged = len(series.pages) == int(np.prod(self.shape[:-2], dtype=np.int64))
-            everything = None if paged else series.asarray().reshape((-1, *self.shape[-2:]))
+            planes = None if paged else series.asarray().reshape((-1, *self.shape[-2:]))
             for place, page in enumerate(pages):
-                plane = series.pages[page].asarray() if everything is None else everything[page]
+                plane = series.asarray(key=page) if planes is None else planes[page]
                 out[place] = plane.reshape(self.shape[-2:])[box[-2:]]
         return out.reshape(tuple(part.stop - part.start for part in box))
 
@@ -243,15 +243,37 @@ class TiffSource:
         self._mapped, self._tried = None, False
 
 
+class _Complaints(logging.Filter):
+    """Takes from the log what tifffile only logs about damage, in the thread that made this filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+        self.found: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = record.thread == self.thread
+        if ours and re.search(r"invalid|failed to reshape|corrupt|truncated", record.getMessage()):
+            self.found.append(record.getMessage())
+        return not ours
+
+
 @contextlib.contextmanager
 def tiff_errors() -> Iterator[None]:
+    """Turn what tifffile and its codecs raise or log about damage into errors that :func:`one_line` understands."""
+    logger, complaints = logging.getLogger("tifffile"), _Complaints()
+    logger.addFilter(complaints)
     try:
         yield
-    except (tifffile.TiffFileError, IndexError, EOFError, tifffile.OmeXmlError) as error:
-        raise UserError(f"damaged TIFF: {' '.join(str(error).split())[:200]}") from None
+    except UserError:
+        raise
     except Exception as error:
-        # Codecs raise classes of their own (imagecodecs.DelayedImportError, ZlibError ...), all RuntimeError.
+        # Codecs raise classes of their own, e.g. ZlibError.
         raise RuntimeError(f"damaged TIFF: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        logger.removeFilter(complaints)
+    if complaints.found:
+        raise RuntimeError(f"damaged TIFF: {' '.join(complaints.found[0].split())[:200]}")
 
 
 def open_tiff(path: str, dataset: str | None) -> Opened:
@@ -389,7 +411,7 @@ class SectionSource:
             raise UserError(f"{self.paths[0]} has {first.ndim} axes; a section has two, or three with colours")
         self.shape = (len(self.paths), *first.shape)
         self.dtype = first.dtype.newbyteorder("=")
-        self.chunks = (1, *first.shape)
+        self.chunks: tuple[int, ...] | None = (1, *first.shape)
         self.shards = self.chunks
 
     def read(self, box: Box) -> np.ndarray:
@@ -457,8 +479,8 @@ def open_sections(pattern: str) -> Opened:
 class NumpySource:
     """An array in a ``.npy`` file, memory-mapped."""
 
-    chunks = None
-    shards = None
+    chunks: tuple[int, ...] | None = None
+    shards: tuple[int, ...] | None = None
 
     def __init__(self, path: str):
         self.path = path

@@ -42,7 +42,7 @@ def one_line(doing: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, KeyError, NotImplementedError) as error:
         raise UserError(f"{doing}: {reason(error)}") from None
 
 

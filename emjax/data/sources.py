@@ -21,10 +21,19 @@ Box = tuple[slice, ...]
 class Source(Protocol):
     """An array that is read, and perhaps written, box by box."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunks: tuple[int, ...] | None
-    shards: tuple[int, ...] | None
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        """Smallest block that is read at once, if there is one."""
+
+    @property
+    def shards(self) -> tuple[int, ...] | None:
+        """Smallest block that is written at once, if there is one."""
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``, in stored axis order."""

@@ -37,8 +37,8 @@ class StoreSource:
         layout = array.chunk_layout
         self.shape = tuple(int(n) for n in array.shape)
         self.dtype = np.dtype(array.dtype.numpy_dtype)
-        self.chunks = tuple(int(n) for n in layout.read_chunk.shape)
-        self.shards = tuple(int(n) for n in layout.write_chunk.shape)
+        self.chunks: tuple[int, ...] | None = tuple(int(n or 1) for n in layout.read_chunk.shape or ())
+        self.shards: tuple[int, ...] | None = tuple(int(n or 1) for n in layout.write_chunk.shape or ())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
