@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from emjax import __version__, cli
+from emjax.config import Experiment
 from emjax.data.folder import Folder
 from emjax.data.volume import Volume, check_finite, mark_complete, open_volume
 from emjax.errors import UserError
@@ -36,16 +37,26 @@ from emjax.inference.predictor import (
 from emjax.inference.progress import ProgressLine, duration
 from emjax.models.functional import Collections
 from emjax.systems.protocol import Output, system_of
+from emjax.training.checkpoints import restore_for_inference
 
 Loader = Callable[[], tuple[Any, Collections]]
 
 
+@functools.lru_cache(maxsize=1)
+def _restored(directory: str, which: str) -> tuple[Experiment, Collections]:
+    return restore_for_inference(pathlib.Path(directory), which)
+
+
 def load_system(directory: str, which: str) -> tuple[Any, Collections]:
     """The system's configuration and variables of a checkpoint."""
-    from emjax.training.checkpoints import restore_for_inference
-
-    experiment, collections = restore_for_inference(pathlib.Path(directory), which)
+    experiment, collections = _restored(directory, which)
     return experiment.system, collections
+
+
+def trained_window(directory: str, which: str) -> tuple[float, float] | None:
+    """The grey values that became 0 and 1 in training, if all sources of the run agree on them."""
+    ranges = {source.intensity_range for source in _restored(directory, which)[0].data.train}
+    return ranges.pop() if len(ranges) == 1 else None
 
 
 def digest(collections: Collections) -> str:
@@ -80,34 +91,56 @@ def voxel_size_warning(volume: Volume, config: Any) -> str | None:
     )
 
 
-def choose_window(volume: Volume, text: str | None) -> Window | None:
-    """The grey values that become 0 and 255: as given, none for uint8, else the 0.5 and 99.5 percentile.
+def choose_window(volume: Volume, text: str | None, trained: tuple[float, float] | None = None) -> Window | None:
+    """The grey values that become 0 and 1, the same for all blocks.
 
-    Percentiles are of the whole volume where it is small, else of 64 spots; they are printed, stored in the plan, and
-    the same for all blocks. Raises ``UserError`` for NaN.
+    Args:
+        volume: the image.
+        text: ``"LOW,HIGH"``; ``"auto"`` for the 0.5 and 99.5 percentile (of the whole volume where it is small, else of
+            64 spots); None for the rule of training: uint8 as it is, other integers by the range of their type, floats
+            by 0 to 1, or what the run's sources say.
+        trained: ``intensity_range`` of the run's sources.
+
+    Raises:
+        UserError: malformed text, NaN, floats outside of 0..1 without a window, or a volume of one grey value.
     """
-    if text is not None:
+    if text not in (None, "auto"):
         try:
-            low, high = (float(part) for part in text.split(","))
+            low, high = (float(part) for part in str(text).split(","))
         except ValueError:
             low, high = 1.0, 0.0
         if not low < high:
-            raise UserError(f"--window {text}: expected two grey values LOW,HIGH with LOW < HIGH")
+            raise UserError(f"--window {text}: expected two grey values LOW,HIGH with LOW < HIGH, or auto")
         return Window(low, high)
-    if volume.dtype == np.uint8:
-        return None
-    if volume.nbytes <= 1 << 29:
-        values = check_finite(volume[...], volume.spec).ravel()
-    else:
-        rng = np.random.default_rng(0)
-        side = [min(length, 64) for length in volume.shape]
-        corners = [[int(rng.integers(0, n - s + 1)) for n, s in zip(volume.shape, side)] for _ in range(64)]
-        spots = [volume[tuple(slice(c, c + s) for c, s in zip(corner, side))].ravel() for corner in corners]
-        values = check_finite(np.concatenate(spots), volume.spec)
+    if text is None and volume.dtype.kind in "iu":
+        if trained is not None:
+            return Window(*trained)
+        return None if volume.dtype == np.uint8 else Window(0.0, float(np.iinfo(volume.dtype).max))
+    values = _sample(volume)
     low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
     if not low < high:
         raise UserError(f"{volume.spec}: all grey values are {low:g}; there is nothing to predict")
-    return Window(low, high)
+    if text == "auto":
+        return Window(low, high)
+    if trained is not None:
+        return Window(*trained)
+    if values.min() < 0 or values.max() > 1:
+        raise UserError(
+            f"{volume.spec}: grey values {values.min():g} to {values.max():g} of {volume.dtype}, expected 0 to 1; give "
+            "--window LOW,HIGH or --window auto"
+        )
+    return Window(0.0, 1.0)
+
+
+def _sample(volume: Volume) -> np.ndarray:
+    """Grey values of the whole volume where it is small, else of 64 spots; refuses NaN."""
+    if volume.nbytes <= 1 << 29:
+        return check_finite(volume[...], volume.spec).ravel()
+    rng = np.random.default_rng(0)
+    side = [min(length, 64) for length in volume.shape]
+    corners = [[int(rng.integers(0, n - s + 1)) for n, s in zip(volume.shape, side)] for _ in range(64)]
+    spots = [volume[tuple(slice(c, c + s) for c, s in zip(corner, side))].ravel() for corner in corners]
+    return check_finite(np.concatenate(spots), volume.spec)
 
 
 def input_generation(spec: str) -> list[list[Any]]:
@@ -124,11 +157,13 @@ def predict_volume(
     output: str,
     *,
     options: argparse.Namespace,
+    trained: tuple[float, float] | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[dict[str, str], Any]:
     """Predicts a volume; returns where each of the system's outputs lies, by name, and the system's configuration.
 
-    An unfinished output of the same plan is completed; one of another plan is an error.
+    An unfinished output of the same plan is completed; one of another plan is an error. ``options`` are those of
+    :func:`add_prediction_options`, ``trained`` is for :func:`choose_window`.
 
     Raises:
         UserError: wrong input; nothing half-written is left.
@@ -153,9 +188,9 @@ def predict_volume(
     if (warning := voxel_size_warning(image, config)) is not None:
         say(warning)
     _check_flips(options.flips, outputs)
-    window = choose_window(image, options.window)
+    window = choose_window(image, options.window, trained)
     if window is not None:
-        say(f"grey values {window.low:g} to {window.high:g} of {image.dtype} become 0 to 255 (--window changes this)")
+        say(f"grey values {window.low:g} to {window.high:g} of {image.dtype} become 0 to 1 (--window changes this)")
     region = bounding_box(options.bbox, image.shape, image.spec)
     shape = tuple(part.stop - part.start for part in region)
     memory = byte_size(options.memory) // max(options.threads, 1)
@@ -326,7 +361,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="dataset inside the input, where its name does not say it")
     parser.add_argument("--voxel-size", metavar="Z,Y,X", help="nm; wins over what the input says")
     parser.add_argument("--axes", help="stored order of the input's axes, where it is silent or wrong, such as xyz")
-    parser.add_argument("--window", metavar="LOW,HIGH", help="grey values that become 0 and 255 (not for uint8)")
+    parser.add_argument("--window", metavar="LOW,HIGH", help="grey values that become 0 and 1, or auto (percentiles)")
     parser.add_argument("--bbox", metavar="Z0:Z1,Y0:Y1,X0:X1", help="part of the input to work on, in voxels")
     parser.add_argument("--batch", type=int, default=0, help="network blocks per call (default: what fits the device)")
     parser.add_argument(
@@ -355,7 +390,8 @@ def main(arguments: list[str]) -> int:
     if options.batch < 0:
         raise UserError(f"--batch {options.batch}: expected at least 1")
     load = functools.partial(load_system, options.checkpoint, options.which)
-    places, _ = predict_volume(load, options.input, options.output, options=options)
+    trained = trained_window(options.checkpoint, options.which)
+    places, _ = predict_volume(load, options.input, options.output, options=options, trained=trained)
     for name, place in places.items():
         print(f"{name}: {place}")
     return cli.DONE

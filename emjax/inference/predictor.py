@@ -131,14 +131,14 @@ def fitting_batch(make: Callable[[int], Network], dtype: Any, most: int = 16) ->
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Grey values ``low`` and ``high`` become 0 and 255; ``None`` for uint8 volumes, which are taken as they are."""
+    """Grey values ``low`` and ``high`` become 0 and 1, as float32; values beyond are clipped."""
 
     low: float
     high: float
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        scaled = (image.astype(np.float32) - np.float32(self.low)) * np.float32(255 / (self.high - self.low))
-        return np.clip(scaled, 0, 255, out=scaled)
+        scaled = (image.astype(np.float32) - np.float32(self.low)) * np.float32(1 / (self.high - self.low))
+        return np.clip(scaled, 0, 1, out=scaled)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class Job:
         grid: written blocks, in voxels of the region.
         batch: blocks per call; 0 takes what fits the device.
         flips: letters of "zyx" whose flips are averaged.
-        window: grey values, or None.
+        window: grey values; None for uint8 volumes, which are taken as they are.
         key: unique to the plan; a worker keeps what it loaded for it.
     """
 
