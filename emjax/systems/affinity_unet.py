@@ -163,6 +163,11 @@ def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
     return apply(tree.cut(settings.threshold), fragments)
 
 
+def agglomeration(config: Config) -> Segmentation:
+    """``decode`` is watershed and agglomeration with these settings, which also run block by block."""
+    return config.segmentation
+
+
 def block(config: Config) -> Block:
     """The plan of prediction."""
     return config.plan
