@@ -14,7 +14,7 @@ def _source(size: int, target: int, align_corners: bool) -> tuple[np.ndarray, np
     else:
         position = np.maximum((index + 0.5) * (size / target) - 0.5, 0.0)
     low = np.minimum(np.floor(position).astype(np.int32), size - 1)
-    return low, np.minimum(low + 1, size - 1), (position - low).astype(np.float32)
+    return low, np.minimum(low + 1, size - 1), position - low
 
 
 def _resize_axis(x: jax.Array, axis: int, target: int, align_corners: bool) -> jax.Array:
