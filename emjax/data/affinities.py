@@ -170,8 +170,8 @@ def convention_offsets(name: str, channels: int, offsets: Sequence[Sequence[int]
         raise UserError(f"unknown affinity convention {name!r}, expected one of {', '.join(CONVENTIONS)}")
     if offsets is not None:
         return check_offsets(offsets, channels, f"convention {name}")
-    far = tuple(tuple(n * long_range for n in offset) for offset in NEAREST)
-    known: dict[int, Offsets] = {3: NEAREST, 6: NEAREST + far}  # type: ignore[dict-item]
+    far: Offsets = tuple((z * long_range, y * long_range, x * long_range) for z, y, x in NEAREST)
+    known: dict[int, Offsets] = {3: NEAREST, 6: NEAREST + far}
     if channels not in (known if name == "banis" else {3: NEAREST}):
         raise UserError(f"convention {name}: {channels} channels need their offsets (z,y,x) to be given")
     return known[channels]
@@ -216,7 +216,7 @@ def from_convention(
         here = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, moved.shape[1:]))
         lower = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, moved.shape[1:]))
         if all(part.stop > part.start for part in here):
-            shifted[(channel, *here)] = moved[(channel, *lower)]
+            shifted[channel][here] = moved[channel][lower]
     return shifted, found
 
 

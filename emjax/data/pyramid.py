@@ -99,7 +99,7 @@ def _open(spec: dict[str, Any], **options: Any) -> ts.TensorStore:
 
 def _reduce(fine: ts.TensorStore, coarse: ts.TensorStore, step: Sequence[int], method: str) -> None:
     """Fill ``coarse`` from ``fine`` by whole shards; both in the same axis order, their domains starting anywhere."""
-    reduced = ts.downsample(fine, list(step), method)
+    reduced = ts.downsample(fine, list(step), method)  # type: ignore[call-overload]
     reduced = reduced[ts.d[:].translate_to[0]]
     target = coarse[ts.d[:].translate_to[0]]
     for box in blocks(target.shape, [int(n or 1) for n in target.chunk_layout.write_chunk.shape or ()]):
