@@ -6,11 +6,8 @@ nothing has to be saved to resume, any batch can be made again, and the global b
 processes.
 """
 
-import collections
 import dataclasses
-import itertools
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,14 +16,8 @@ import numpy as np
 
 from emjax.data.augment import Augmentation, apply_draws, draw_chain, needed_shape
 from emjax.data.crops import Draws, Sample, Shape, as_float, as_int32_ids, as_uint8, split_components
+from emjax.data.volume import Volume, check_finite, common_region, open_volume, read_cached, require_same_grid
 from emjax.errors import UserError
-
-
-def open_volume(spec: str, voxel_size=None):
-    import h5py
-
-    path, key = spec.rsplit(":", 1)
-    return h5py.File(path)[key]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,74 +69,14 @@ class Source:
         return self.name or self.raw
 
 
-class BlockCache:
-    """Blocks of volumes in memory, the least recently used dropped beyond ``most_bytes``; safe to share by threads."""
+class _Unheld:
+    """A volume read through a bounded cache, voxels checked as they come."""
 
-    def __init__(self, most_bytes: int):
-        self.most_bytes = most_bytes
-        self._blocks: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The block of ``key``, made now if it is not there (two threads may both make it; one result is kept)."""
-        with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-                return self._blocks[key]
-        block = make()
-        with self._lock:
-            if key not in self._blocks:
-                self._blocks[key] = block
-                self._bytes += block.nbytes
-            while self._bytes > self.most_bytes and len(self._blocks) > 1:
-                self._bytes -= self._blocks.popitem(last=False)[1].nbytes
-        return block
-
-
-class _BlockReader:
-    """A volume on disk, read by whole blocks through a cache."""
-
-    BLOCK = (32, 256, 256)
-
-    def __init__(self, volume: Any, key: int, cache: BlockCache, check: Callable[[np.ndarray], None]):
-        self.volume, self.key, self.cache, self.check = volume, key, cache, check
-        self.shape: Shape = tuple(volume.shape)
-        self.dtype = np.dtype(volume.dtype)
-
-    def _block(self, number: Shape) -> np.ndarray:
-        window = tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in zip(number, self.BLOCK, self.shape))
-
-        def make() -> np.ndarray:
-            block = np.asarray(self.volume[window])
-            self.check(block)
-            return block
-
-        return self.cache.get((self.key, number), make)
+    def __init__(self, volume: Volume, cache_bytes: int):
+        self._volume = read_cached(volume, cache_bytes)
 
     def __getitem__(self, window: tuple[slice, slice, slice]) -> np.ndarray:
-        begin, end = [part.start for part in window], [part.stop for part in window]
-        out = np.empty([b - a for a, b in zip(begin, end)], self.dtype)
-        numbers = [range(a // n, (b - 1) // n + 1) for a, b, n in zip(begin, end, self.BLOCK)]
-        for number in itertools.product(*numbers):
-            block = self._block(number)  # type: ignore[arg-type]
-            origin = [i * n for i, n in zip(number, self.BLOCK)]
-            low = [max(a, o) for a, o in zip(begin, origin)]
-            high = [min(b, o + n) for b, o, n in zip(end, origin, block.shape)]
-            into = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, begin))
-            out[into] = block[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin))]
-        return out
-
-
-def _check_finite(title: str, what: str) -> Callable[[np.ndarray], None]:
-    def check(block: np.ndarray) -> None:
-        if block.dtype.kind == "f" and not np.isfinite(block).all():
-            bad = np.argwhere(~np.isfinite(block))[0].tolist()
-            raise UserError(
-                f"source {title}: {what} holds NaN or infinity (first at {bad}), expected finite grey values"
-            )
-
-    return check
+        return check_finite(self._volume[window], self._volume.spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,48 +290,59 @@ def _grey(image: np.ndarray, source: Source) -> np.ndarray:
     return np.clip(scaled, 0, 1, out=scaled)
 
 
+def _open_volumes(source: Source) -> dict[str, Volume]:
+    """The volumes of a source, voxel on voxel."""
+    volumes = {}
+    for what in ("raw", "labels", "mask", "ignore"):
+        spec = getattr(source, what)
+        if spec is None:
+            continue
+        volume = open_volume(spec, voxel_size=source.voxel_size).require_axes("zyx")
+        if what != "raw" and volume.dtype.kind not in "iub":
+            raise UserError(f"source {source.title}: {what} {spec} has dtype {volume.dtype}, expected integers")
+        volumes[what] = volume
+    raw = volumes["raw"]
+    for volume in list(volumes.values()):
+        # Labels of a padded image (CREMI) say by their offset where they lie.
+        if volume.offset != raw.offset and volume.voxel_size and raw.voxel_size:
+            volumes["raw"], _ = common_region(volumes["raw"], volume)
+    for what, volume in list(volumes.items()):
+        if volume.offset != volumes["raw"].offset and volume.voxel_size and raw.voxel_size:
+            _, volumes[what] = common_region(volumes["raw"], volume)
+        require_same_grid(volumes["raw"], volumes[what])
+    return volumes
+
+
+def _bytes(volumes: dict[str, Volume]) -> int:
+    # Labels are held as int32, whatever they are on disk.
+    return sum(
+        math.prod(volume.shape) * (4 if what == "labels" else volume.dtype.itemsize) for what, volume in volumes.items()
+    )
+
+
 def _open_parts(sources: Sequence[Source], cache_bytes: int) -> list[_Part]:
     opened = []
     for source in sources:
-        volumes = {}
-        for what in ("raw", "labels", "mask", "ignore"):
-            spec = getattr(source, what)
-            if spec is None:
-                continue
-            volume = open_volume(spec, voxel_size=source.voxel_size)
-            if len(volume.shape) != 3:
-                raise UserError(f"source {source.title}: {spec} has shape {tuple(volume.shape)}, expected (z, y, x)")
-            if 0 in volume.shape:
-                raise UserError(f"source {source.title}: {spec} has shape {tuple(volume.shape)}, it is empty")
-            if what != "raw" and np.dtype(volume.dtype).kind not in "iub":
-                raise UserError(f"source {source.title}: {what} {spec} has dtype {volume.dtype}, expected integers")
-            if "raw" in volumes and tuple(volume.shape) != tuple(volumes["raw"].shape):
-                raise UserError(
-                    f"source {source.title}: {what} {spec} has shape {tuple(volume.shape)} but raw {source.raw} has "
-                    f"{tuple(volumes['raw'].shape)}, expected equal shapes"
-                )
-            volumes[what] = volume
-        opened.append((source, volumes, *_window(source, tuple(volumes["raw"].shape))))
+        volumes = _open_volumes(source)
+        opened.append((source, volumes, *_window(source, volumes["raw"].spatial_shape)))
+
+    left = cache_bytes
+    held = []
+    for _, volumes, _, _ in opened:
+        size = _bytes(volumes)
+        held.append(size <= left)
+        left -= size if held[-1] else 0
+    unheld = sum(_bytes(volumes) for (_, volumes, _, _), whole in zip(opened, held) if not whole)
 
     parts = []
-    left = cache_bytes
-    cache = BlockCache(0)
-    for number, (source, volumes, begin, end) in enumerate(opened):
-        # Labels are held as int32, whatever they are on disk.
-        size = sum(
-            math.prod(v.shape) * (4 if what == "labels" else np.dtype(v.dtype).itemsize) for what, v in volumes.items()
-        )
+    for (source, volumes, begin, end), whole in zip(opened, held):
         arrays: dict[str, Any] = {}
-        whole = size <= left
         for what, volume in volumes.items():
-            check = _check_finite(source.title, f"{what} {getattr(source, what)}")
             if whole:
-                array = np.asarray(volume[:, :, :])
-                check(array)
+                array = check_finite(volume[...], volume.spec)
                 arrays[what] = as_int32_ids(array) if what == "labels" else array
             else:
-                arrays[what] = _BlockReader(volume, 4 * number + len(arrays), cache, check)
-        left -= size if whole else 0
+                arrays[what] = _Unheld(volume, int(left * volume.nbytes / unheld))
         parts.append(
             _Part(
                 source,
@@ -413,7 +355,6 @@ def _open_parts(sources: Sequence[Source], cache_bytes: int) -> list[_Part]:
                 whole,
             )
         )
-    cache.most_bytes = max(left, 0)
     return parts
 
 
