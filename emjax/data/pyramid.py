@@ -1,6 +1,5 @@
 """Downsampling pyramids beside a volume: mean for images, mode for labels."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import tensorstore as ts
 
 from emjax.data import ome
-from emjax.data.folder import Folder, context, join, one_line
+from emjax.data.folder import Folder, context, is_remote, join, one_line
 from emjax.data.location import locate
 from emjax.data.stores import zarr_node
 from emjax.data.stores_write import create_array, default_shards, zarr_array_spec
@@ -55,8 +54,8 @@ def default_method(volume: Volume) -> str:
 def write_pyramid(spec: str, *, levels: int | None = None, method: str | None = None) -> list[tuple[int, ...]]:
     """Write the coarser levels of an OME-Zarr image or a precomputed volume, replacing those that are there.
 
-    Works block by block of the output's shards, so the memory does not grow with the volume. Readers see the new
-    levels only when all are written.
+    Works block by block of the output's shards, so the memory does not grow with the volume. Readers of
+    OME-Zarr see the new levels only when all are written.
 
     Args:
         spec: the volume, whole.
@@ -163,9 +162,7 @@ def _replace_multiscales(node: Folder, version: int, image: list[dict[str, Any]]
     node.write_json(name, document)
 
 
-def _precomputed_pyramid(
-    location: str, volume: Volume, factors: list[tuple[int, int, int]], method: str
-) -> list[tuple]:
+def _precomputed_pyramid(location: str, factors: list[tuple[int, int, int]], method: str) -> list[tuple]:
     folder = Folder(location, write=True)
     base = {"driver": "neuroglancer_precomputed", "kvstore": folder.spec}
     info = folder.json("info") or {}
@@ -174,7 +171,8 @@ def _precomputed_pyramid(
     # Old coarse scales go, from the list and from the disk, before new ones of perhaps other sizes come.
     for old in info["scales"][1:]:
         stale = folder.child(str(old["key"]))
-        if not location.startswith(("gs://", "s3://")) and os.path.isdir(stale.location):
+        inside = ".." not in str(old["key"]).split("/")
+        if inside and not is_remote(location) and os.path.isdir(stale.location):
             stale.remove()
     folder.write_json("info", {**info, "scales": [first]})
     with one_line(f"cannot write the pyramid of {location}"):
@@ -193,7 +191,7 @@ def _precomputed_pyramid(
                 "resolution": resolution,
                 "chunk_size": first["chunk_sizes"][0],
             }
-            create_array(folder, {"driver": base["driver"], "scale_metadata": json.loads(json.dumps(scale))})
+            create_array(folder, {"driver": base["driver"], "scale_metadata": scale})
             coarse = _open({**base, "scale_metadata": {"resolution": resolution}}, read=True, write=True)
             _reduce(fine, coarse, (*f, 1), method)
             fine = coarse
