@@ -60,7 +60,9 @@ class Optimizer:
         name: ``"adamw"`` (decoupled decay), ``"adam"`` (decay added to the gradient, as PyTorch's Adam), ``"amsgrad"``
             (PyTorch's AMSGrad) or ``"sgd"`` (Nesterov momentum ``b1``).
         lr: rate at the end of the warm-up.
-        schedule: ``"cosine"`` to ``final_lr``, ``"poly"`` (power ``power``), or ``"constant"``.
+        schedule: ``"cosine"`` to ``final_lr``, ``"poly"`` (power ``power``), ``"poly_warm"`` (SegNeuron's: over
+            ``decay_steps``, constant from there on), or ``"constant"``.
+        decay_steps: length of the decay of ``"poly_warm"``; 0 for all steps.
         warmup_steps: linear from ``warmup_factor * lr``.
         decay_norms: also decay scales and biases.
         clip_norm: largest global norm of the gradient; 0 switches clipping off.
@@ -70,9 +72,10 @@ class Optimizer:
 
     name: Literal["adamw", "adam", "amsgrad", "sgd"] = "adamw"
     lr: float = 1e-3
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "poly_warm", "constant"] = "cosine"
     final_lr: float = 0.0
     power: float = 1.5
+    decay_steps: int = 0
     warmup_steps: int = 100
     warmup_factor: float = 0.0
     b1: float = 0.9

@@ -204,8 +204,13 @@ class Sampler:
             for part, share in zip(self._parts, shares)
         ]
 
-    def draw_crop(self, rng: np.random.Generator, sources: Sequence[int] | None = None) -> CropDraws:
-        """A source by weight (or uniformly one of the numbers ``sources``), and a place in it."""
+    def draw_crop(
+        self, rng: np.random.Generator, sources: Sequence[int] | None = None, z_step: int | None = None
+    ) -> CropDraws:
+        """A source by weight (or uniformly one of the numbers ``sources``), and a place in it.
+
+        ``z_step`` takes the place of a draw from the source's ``z_steps``.
+        """
         best: CropDraws | None = None
         best_fraction = -1.0
         for _ in range(self.max_tries if self.min_labelled > 0 else 1):
@@ -213,12 +218,12 @@ class Sampler:
                 number = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
                 number = min(number, len(self._parts) - 1)
             else:
-                number = int(sources[rng.integers(len(sources))])
+                number = sources[int(rng.integers(len(sources)))]
             part = self._parts[number]
-            steps = part.source.z_steps
-            z_step = int(steps[rng.integers(len(steps))]) if len(steps) > 1 else steps[0]
-            begin = tuple(int(rng.integers(0, have - need + 1)) for have, need in zip(part.extent(z_step), self.needed))
-            draws = CropDraws(number, z_step, begin)  # type: ignore[arg-type]
+            steps = part.source.z_steps if z_step is None else (z_step,)
+            step = steps[int(rng.integers(len(steps)))] if len(steps) > 1 else steps[0]
+            begin = tuple(int(rng.integers(0, have - need + 1)) for have, need in zip(part.extent(step), self.needed))
+            draws = CropDraws(number, step, begin)  # type: ignore[arg-type]
             if self.min_labelled == 0:
                 return draws
             fraction = self._labelled_fraction(draws)

@@ -11,9 +11,25 @@ from emjax.config import Optimizer
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, ...: linear warm-up times the chosen decay over all ``steps``."""
+    """Learning rate of step 0, 1, ...: linear warm-up times the chosen decay over all ``steps``.
+
+    ``"poly_warm"`` is the schedule of SegNeuron's code: iterations count from 1, the decay takes ``decay_steps`` and
+    the warm-up rises from ``final_lr`` with the same power.
+    """
+
+    def poly_warm(step: jax.Array) -> jax.Array:
+        iteration, warmup = step + 1, config.warmup_steps
+        decay = config.decay_steps or steps
+        # The left time as a whole number: subtracting a share from 1 would lose digits near the end.
+        left = jnp.clip((decay + warmup - iteration) / decay, 0.0, 1.0)
+        rising = jnp.clip(iteration / warmup, 0.0, 1.0) if warmup else 1.0
+        # The warm-up moves the decay back, but not its end.
+        share = jnp.where(iteration < warmup, rising, jnp.where(iteration < decay, left, 0.0))
+        return config.final_lr + (config.lr - config.final_lr) * share**config.power
 
     def rate(step: jax.Array) -> jax.Array:
+        if config.schedule == "poly_warm":
+            return poly_warm(step)
         share = jnp.clip(step / steps, 0.0, 1.0)
         if config.schedule == "cosine":
             value = config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
