@@ -60,10 +60,11 @@ class Augmentation(Protocol):
 
 def chain_shapes(chain: Sequence[Augmentation], crop: Shape) -> list[Shape]:
     """Shapes of the sample before each augmentation and, last, after all of them (= ``crop``)."""
-    shapes = [tuple(crop)]
+    z, y, x = crop
+    shapes = [(z, y, x)]
     for augmentation in reversed(chain):
         shapes.append(augmentation.grow(shapes[-1]))
-    return shapes[::-1]  # type: ignore[return-value]
+    return shapes[::-1]
 
 
 def needed_shape(chain: Sequence[Augmentation], crop: Shape) -> Shape:

@@ -167,7 +167,7 @@ class FlipTranspose:
         coins = rng.random(3) < 0.5
         flips = tuple(bool(coins[axis]) and axis in self.axes for axis in range(3))
         swap = rng.random() < 0.5
-        order = (0, 1, 2)
+        order: tuple[int, ...] = (0, 1, 2)
         if self.transpose == "yx" and swap:
             order = (0, 2, 1)
         elif self.transpose == "all":

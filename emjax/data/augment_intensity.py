@@ -287,7 +287,8 @@ class Cutout:
             int(rng.integers(low, high + 1)) for low, high in (self.count, self.size_z, self.size_xy)
         )
         size = tuple(min(a, b) for a, b in zip((size_z, size_xy, size_xy), shape))
-        corners = rng.integers(0, np.asarray(shape) - size, (count, 3), endpoint=True)
+        room = [n - m for n, m in zip(shape, size)]
+        corners = rng.integers(0, room, (count, 3), endpoint=True)
         return {"size": size, "corners": corners}
 
     def apply(self, sample: Sample, draws: Draws) -> Sample:

@@ -10,6 +10,7 @@ and differ in brightness.
 import dataclasses
 import math
 import os
+from typing import Any
 
 import numba
 import numpy as np
@@ -725,7 +726,7 @@ def write_phantom(path: str | os.PathLike, config: PhantomConfig, *, overwrite: 
     if not place.endswith((".zarr", ".h5", ".hdf5")):
         raise UserError(f"{place}: a phantom is written to a .zarr store or an .h5 file")
     specs = {name: f"{place}:{name}" for name in ("raw", "labels", "mitochondria")}
-    options = {
+    options: dict[str, Any] = {
         "voxel_size": config.voxel_size,
         "attributes": {"phantom": dataclasses.asdict(config)},
         "overwrite": overwrite,

@@ -51,9 +51,9 @@ def _partner(volume: Num[Array, "*batch z y x"], offset: Offset, outside: int) -
     return jax.lax.slice(padded, starts, [start + size for start, size in zip(starts, volume.shape)])
 
 
-def inside(shape: tuple[int, int, int], offset: Offset) -> Bool[Array, "z y x"]:
+def inside(shape: Sequence[int], offset: Offset) -> Bool[Array, "z y x"]:
     """Where ``v + offset`` lies inside a volume of ``shape`` (z, y, x)."""
-    return _partner(jnp.ones(shape, bool), offset, False)
+    return _partner(jnp.ones(tuple(shape), bool), offset, False)
 
 
 def affinities(
