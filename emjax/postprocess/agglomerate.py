@@ -24,6 +24,10 @@ MERGED = np.uint8(4)
 # A canonical score in [0, 2) is ordered by its first 31 binary places.
 KEY_SCALE = 2.0**31
 QUEUE_SHIFT = 17
+# A node with more neighbours than this has its edges in a hash table.
+HUB = 128
+# Half-edges are numbered by uint32.
+LARGEST_EDGES = 2**31 - 1
 LARGEST_QUEUE = 2**16
 
 
@@ -123,6 +127,39 @@ def _follow(segments):
 
 
 @njit(nogil=True, cache=True, inline="always")
+def _root(parent, i):
+    """The node that i has been merged into."""
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@njit(nogil=True, cache=True)
+def _adjacency(uv, nodes):
+    """Neighbour and edge of each half-edge, grouped by node: ``(begin, neighbour, edge)``."""
+    edges = uv.shape[0]
+    begin = np.zeros(nodes + 2, np.uint32)
+    for e in range(edges):
+        begin[uv[e, 0] + np.uint32(1)] += np.uint32(1)
+        begin[uv[e, 1] + np.uint32(1)] += np.uint32(1)
+    for i in range(nodes + 1):
+        begin[i + 1] += begin[i]
+    place = begin.copy()
+    around = np.empty((2 * edges, 2), np.uint32)
+    for e in range(edges):
+        u = uv[e, 0]
+        v = uv[e, 1]
+        around[place[u], 0] = v
+        around[place[u], 1] = e
+        place[u] += np.uint32(1)
+        around[place[v], 0] = u
+        around[place[v], 1] = e
+        place[v] += np.uint32(1)
+    return begin, around
+
+
+@njit(nogil=True, cache=True, inline="always")
 def _slot(table, a, b):
     low = min(a, b)
     high = max(a, b)
@@ -133,27 +170,26 @@ def _slot(table, a, b):
 
 
 @njit(nogil=True, cache=True)
-def _find(table, end, flags, a, b):
-    """The living edge between nodes a and b, or NONE."""
-    mask = table.size - 1
+def _find(table, uv, parent, flags, a, b, but):
+    """The living edge between nodes a and b, one of which is a hub, other than ``but``; or NONE."""
     i = _slot(table, a, b)
     while True:
         e = table[i]
         if e == NONE:
             return NONE
-        if flags[e] & DEAD == 0:
-            p = end[2 * e]
-            q = end[2 * e + 1]
+        if e != but and flags[e] & DEAD == 0:
+            p = _root(parent, uv[e, 0])
+            q = _root(parent, uv[e, 1])
             if (p == a and q == b) or (p == b and q == a):
                 return e
-        i = (i + 1) & mask
+        i = (i + 1) & (table.size - 1)
 
 
 @njit(nogil=True, cache=True)
-def _insert(table, used, end, flags, e):
-    """Enters edge e under its present ends; entries of dead edges are overwritten, those of moved ones stay behind."""
+def _insert(table, used, uv, parent, hub, flags, a, b, e):
+    """Enters edge e as that between a and b; entries of dead edges are overwritten, those of moved ones stay behind."""
     mask = table.size - 1
-    i = _slot(table, end[2 * e], end[2 * e + 1])
+    i = _slot(table, a, b)
     while table[i] != NONE and flags[table[i]] & DEAD == 0:
         i = (i + 1) & mask
     if table[i] == NONE:
@@ -164,36 +200,14 @@ def _insert(table, used, end, flags, e):
         used[0] = 0
         for f in range(flags.size):
             if flags[f] & DEAD == 0:
-                i = _slot(table, end[2 * f], end[2 * f + 1])
-                while table[i] != NONE:
-                    i = (i + 1) & mask
-                table[i] = f
-                used[0] += 1
-
-
-@njit(nogil=True, cache=True)
-def _append(head, tail, following, node, half):
-    following[half] = NONE
-    if head[node] == NONE:
-        head[node] = half
-    else:
-        following[tail[node]] = half
-    tail[node] = half
-
-
-@njit(nogil=True, cache=True)
-def _build(uv, end, head, tail, degree, following, table, used, flags):
-    """Half-edge lists and edge table of a graph."""
-    head[:] = NONE
-    degree[:] = 0
-    table[:] = NONE
-    for e in range(uv.shape[0]):
-        for side in range(2):
-            node = uv[e, side]
-            end[2 * e + side] = node
-            _append(head, tail, following, node, np.uint32(2 * e + side))
-            degree[node] += np.uint32(1)
-        _insert(table, used, end, flags, np.uint32(e))
+                p = _root(parent, uv[f, 0])
+                q = _root(parent, uv[f, 1])
+                if hub[p] or hub[q]:
+                    i = _slot(table, p, q)
+                    while table[i] != NONE:
+                        i = (i + 1) & mask
+                    table[i] = f
+                    used[0] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -286,48 +300,98 @@ def _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
 
 
 @njit(nogil=True, cache=True)
+def _tidy(node, turn, begin, around, fill, chain, tail, parent, flags, mark):
+    """Drops dead edges and emptied segments from the adjacency of a node, and marks its neighbours with their edges."""
+    before = NONE
+    segment = np.uint32(node)
+    stamp = np.uint64(turn) << np.uint64(32)
+    while segment != NONE:
+        first = np.int64(begin[segment])
+        w = first
+        for r in range(first, first + np.int64(fill[segment])):
+            e = around[r, 1]
+            if flags[e] & DEAD == 0:
+                other = _root(parent, around[r, 0])
+                around[w, 0] = other
+                around[w, 1] = e
+                mark[other] = stamp | np.uint64(e)
+                w += 1
+        fill[segment] = w - first
+        if w == first and before != NONE:
+            chain[before] = chain[segment]
+        else:
+            before = segment
+        segment = chain[segment]
+    tail[node] = before
+
+
+@njit(nogil=True, cache=True)
 def _merge(
-    e, end, following, head, tail, degree, name, flags, key, table, used, kind, ours, count, total, value, chain, last
-):
-    """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names."""
-    big = end[2 * e]
-    small = end[2 * e + 1]
+    e, turn, uv, begin, around, fill, chain, tail, degree, parent, name, hub, mark, table, used,
+    flags, key, kind, ours, count, total, value, runs_chain, runs_last,
+):  # fmt: skip
+    """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names.
+
+    Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up.
+    """
+    big = _root(parent, uv[e, 0])
+    small = _root(parent, uv[e, 1])
     if degree[big] < degree[small]:
         big, small = small, big
     big_first = name[big] < name[small]
     flags[e] |= DEAD | MERGED
     degree[big] -= np.uint32(1)
-    half = head[small]
-    while half != NONE:
-        after = following[half]
-        f = half >> np.uint32(1)
-        if flags[f] & DEAD == 0:
-            other = end[half ^ np.uint32(1)]
-            g = _find(table, end, flags, big, other)
-            if g == NONE:
-                end[half] = big
-                _append(head, tail, following, big, half)
-                degree[big] += np.uint32(1)
-                _insert(table, used, end, flags, f)
+    if not hub[big]:
+        _tidy(big, turn, begin, around, fill, chain, tail, parent, flags, mark)
+        if degree[big] > HUB:
+            hub[big] = True
+            if used[0] < 0:
+                table[:] = NONE
+                used[0] = 0
+            segment = np.uint32(big)
+            while segment != NONE:
+                for r in range(begin[segment], begin[segment] + fill[segment]):
+                    if not hub[around[r, 0]]:
+                        _insert(table, used, uv, parent, hub, flags, big, around[r, 0], around[r, 1])
+                segment = chain[segment]
+    looks_up = hub[big]
+    parent[small] = big
+    segment = np.uint32(small)
+    while segment != NONE:
+        first = np.int64(begin[segment])
+        for r in range(first, first + np.int64(fill[segment])):
+            f = around[r, 1]
+            if flags[f] & DEAD:
+                continue
+            other = _root(parent, around[r, 0])
+            if looks_up:
+                g = _find(table, uv, parent, flags, big, other, f)
+            elif mark[other] >> np.uint64(32) == np.uint64(turn):
+                g = np.uint32(mark[other] & np.uint64(0xFFFFFFFF))
             else:
-                if ours:
-                    keep_f = key[f] < key[g] or (key[f] == key[g] and f < g)
-                elif big_first:
-                    keep_f = not key[f] > key[g]
-                else:
-                    keep_f = key[g] > key[f]
-                kept = f if keep_f else g
-                lost = g if keep_f else f
-                if _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
-                    flags[kept] |= STALE
-                flags[lost] |= DEAD
-                degree[other] -= np.uint32(1)
-                if keep_f:
-                    end[half] = big
-                    _append(head, tail, following, big, half)
-                    _insert(table, used, end, flags, f)
-        half = after
-    head[small] = NONE
+                g = NONE
+            if g == NONE:
+                degree[big] += np.uint32(1)
+                if looks_up or hub[other]:
+                    _insert(table, used, uv, parent, hub, flags, big, other, f)
+                continue
+            if ours:
+                keep_f = key[f] < key[g] or (key[f] == key[g] and f < g)
+            elif big_first:
+                keep_f = not key[f] > key[g]
+            else:
+                keep_f = key[g] > key[f]
+            kept = f if keep_f else g
+            lost = g if keep_f else f
+            if _add_statistics(kind, ours, lost, kept, count, total, value, runs_chain, runs_last):
+                flags[kept] |= STALE
+            flags[lost] |= DEAD
+            degree[other] -= np.uint32(1)
+            if keep_f and (looks_up or hub[other]):
+                _insert(table, used, uv, parent, hub, flags, big, other, f)
+        segment = chain[segment]
+    chain[tail[big]] = small
+    tail[big] = tail[small]
     name[big] = min(name[big], name[small])
 
 
@@ -374,23 +438,27 @@ def _score_key(score):
 
 @njit(nogil=True, cache=True)
 def _agglomerate_canonical(
-    uv, nodes, threshold, kind, quantile, count, total, scale, value, start, bins, counts,
-    merged_a, merged_b, merged_score, merged_level, flags, score, end, name,
+    uv, nodes, threshold, kind, quantile, key, count, total, scale, value, start, bins, counts,
+    merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
 ):  # fmt: skip
     """Merges all edges below ``threshold``, ordered by score and then by edge number; returns how many merges."""
     edges = uv.shape[0]
-    following = np.empty(2 * edges, np.uint32)
-    head = np.empty(nodes + 1, np.uint32)
-    tail = np.empty(nodes + 1, np.uint32)
-    degree = np.empty(nodes + 1, np.uint32)
+    begin, around = _adjacency(uv, nodes)
+    fill = np.empty(nodes + 1, np.uint32)
+    for i in range(nodes + 1):
+        fill[i] = begin[i + 1] - begin[i]
+    degree = fill.copy()
+    next_segment = np.full(nodes + 1, NONE, np.uint32)
+    tail = name.copy()
+    hub = np.zeros(nodes + 1, np.bool_)
+    mark = np.zeros(nodes + 1, np.uint64)
     size = 16
     while size < 2 * edges:
         size *= 2
+    # Filled when there is a first hub; until then its memory is not touched.
     table = np.empty(size, np.uint32)
-    used = np.zeros(1, np.int64)
-    _build(uv, end, head, tail, degree, following, table, used, flags)
+    used = np.full(1, -1, np.int64)
     chain, last, length, tally = _chains(kind, edges, start)
-    key = np.empty(edges, np.uint32)
     # Edges wait in lists of nearly equal score; only the list in front is kept in order, in a heap.
     waiting = np.full(1 << (32 - QUEUE_SHIFT), NONE, np.uint32)
     link = np.empty(edges, np.uint32)
@@ -444,16 +512,16 @@ def _agglomerate_canonical(
         if exact >= threshold:
             break
         level = max(level, exact)
-        p = name[end[2 * e]]
-        q = name[end[2 * e + 1]]
+        p = name[_root(parent, uv[e, 0])]
+        q = name[_root(parent, uv[e, 1])]
         merged_a[merges] = min(p, q)
         merged_b[merges] = max(p, q)
         merged_score[merges] = exact
         merged_level[merges] = level
         merges += 1
         _merge(
-            e, end, following, head, tail, degree, name, flags, key, table, used,
-            kind, True, count, total, value, chain, last,
+            e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark, table, used,
+            flags, key, kind, True, count, total, value, chain, last,
         )  # fmt: skip
     for e in range(edges):
         if score.size and flags[e] & DEAD == 0:
@@ -525,23 +593,27 @@ def _queue_bin(score, levels):
 
 @njit(nogil=True, cache=True)
 def _agglomerate_waterz(
-    uv, nodes, threshold, kind, quantile, count, value, start, bins, counts, levels,
-    merged_a, merged_b, merged_score, merged_level, flags, score, end, name,
+    uv, nodes, threshold, kind, quantile, key, count, value, start, bins, counts, levels,
+    merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
 ):  # fmt: skip
     """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges."""
     edges = uv.shape[0]
-    following = np.empty(2 * edges, np.uint32)
-    head = np.empty(nodes + 1, np.uint32)
-    tail = np.empty(nodes + 1, np.uint32)
-    degree = np.empty(nodes + 1, np.uint32)
+    begin, around = _adjacency(uv, nodes)
+    fill = np.empty(nodes + 1, np.uint32)
+    for i in range(nodes + 1):
+        fill[i] = begin[i + 1] - begin[i]
+    degree = fill.copy()
+    next_segment = np.full(nodes + 1, NONE, np.uint32)
+    tail = name.copy()
+    hub = np.zeros(nodes + 1, np.bool_)
+    mark = np.zeros(nodes + 1, np.uint64)
     size = 16
     while size < 2 * edges:
         size *= 2
+    # Filled when there is a first hub; until then its memory is not touched.
     table = np.empty(size, np.uint32)
-    used = np.zeros(1, np.int64)
-    _build(uv, end, head, tail, degree, following, table, used, flags)
+    used = np.full(1, -1, np.int64)
     chain, last, length, tally = _chains(kind, edges, start)
-    key = np.empty(edges, np.uint32)
     total = np.empty(0, np.int64)
     heap = np.empty(0 if levels else edges, np.uint64)
     link = np.empty(edges if levels else 0, np.uint32)
@@ -579,16 +651,16 @@ def _agglomerate_waterz(
             if flags[e] & DEAD:
                 continue
             if not flags[e] & STALE:
-                p = name[end[2 * e]]
-                q = name[end[2 * e + 1]]
+                p = name[_root(parent, uv[e, 0])]
+                q = name[_root(parent, uv[e, 1])]
                 merged_a[merges] = min(p, q)
                 merged_b[merges] = max(p, q)
                 merged_score[merges] = now
                 merged_level[merges] = level
                 merges += 1
                 _merge(
-                    e, end, following, head, tail, degree, name, flags, key, table, used,
-                    kind, False, count, total, value, chain, last,
+                    e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark,
+                    table, used, flags, key, kind, False, count, total, value, chain, last,
                 )  # fmt: skip
                 continue
             flags[e] &= ~STALE
@@ -655,35 +727,41 @@ def agglomerate(
         raise ValueError("discretize_queue is waterz's; expected it with ties='waterz' only")
     most = float(thresholds.max())
     edges = graph.uv.shape[0]
-    count, total, value, runs = _working_statistics(graph, scoring, ties)
-    start, bins, counts = runs
+    if edges > LARGEST_EDGES:
+        raise ValueError(f"graph has {edges} edges; expected at most {LARGEST_EDGES}")
+    # What a merge touches of an edge lies together in memory: sum (or value), count, key.
+    state = np.empty((edges, 4), np.uint32)
+    total, value = state.view(np.int64)[:, 0], state.view(np.float32)[:, 0]
+    count, key = state[:, 2], state[:, 3]
+    start, bins, counts = _load_statistics(graph, scoring, ties, count, total, value)
     merged_a = np.empty(min(graph.nodes, edges), np.uint32)
     merged_b = np.empty_like(merged_a)
     flags = np.zeros(edges, np.uint8)
-    end = np.empty(2 * edges, np.uint32)
     name = np.arange(graph.nodes + 1, dtype=np.uint32)
+    parent = name.copy()
     if ties == "canonical":
         merged_score = np.empty(merged_a.size, np.float64)
         merged_level = np.empty(merged_a.size, np.float64)
         scores = np.empty(edges if remaining else 0, np.float64)
         merges = _agglomerate_canonical(
-            graph.uv, graph.nodes, most, scoring.kind, scoring.quantile, count, total, float(graph.scale), value,
-            start, bins, counts, merged_a, merged_b, merged_score, merged_level, flags, scores, end, name,
+            graph.uv, graph.nodes, most, scoring.kind, scoring.quantile, key, count, total, float(graph.scale), value,
+            start, bins, counts, merged_a, merged_b, merged_score, merged_level, flags, scores, name, parent,
         )  # fmt: skip
     else:
         merged_score = np.empty(merged_a.size, np.float32)
         merged_level = np.empty(merged_a.size, np.float32)
         scores = np.empty(edges, np.float32)
         merges = _agglomerate_waterz(
-            graph.uv, graph.nodes, np.float32(most), scoring.kind, scoring.quantile, count, value,
+            graph.uv, graph.nodes, np.float32(most), scoring.kind, scoring.quantile, key, count, value,
             start, bins, counts, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
-            flags, scores, end, name,
+            flags, scores, name, parent,
         )  # fmt: skip
     left_uv = left_score = None
     if remaining:
         left = np.flatnonzero(flags & DEAD == 0)
         left = left[scores[left] >= (most if ties == "canonical" else np.float32(most))]
-        left_uv = np.sort(name[end.reshape(-1, 2)[left]], axis=1)
+        _follow_all(parent)
+        left_uv = np.sort(name[parent[graph.uv[left]]], axis=1)
         left_score = scores[left].astype(np.float64)
     return MergeTree(
         nodes=graph.nodes,
@@ -697,8 +775,8 @@ def agglomerate(
     )
 
 
-def _working_statistics(graph, scoring, ties):
-    """Copies of what the merges will overwrite; arrays that this score does not use are empty."""
+def _load_statistics(graph, scoring, ties, count, total, value):
+    """Fills the working statistics; returns the histograms (start, bins, counts), empty if the score has none."""
     lacking = {
         "mean": graph.sum is None,
         "running_mean": graph.running_mean is None,
@@ -709,23 +787,25 @@ def _working_statistics(graph, scoring, ties):
     for statistic in needed:
         if lacking[statistic]:
             raise ValueError(f"graph lacks {statistic!r}; make it with region_graph(..., statistics={needed})")
-    count = graph.count.copy()
-    total = np.empty(0, np.int64)
-    value = np.empty(0, np.float32)
-    runs = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32)
-    if scoring.kind == MEAN:
-        if ties == "waterz":
-            value = graph.running_mean.copy()
-        else:
-            total = graph.sum.copy()
+    count[:] = graph.count
+    if scoring.kind == MEAN and ties == "waterz":
+        value[:] = graph.running_mean
+    elif scoring.kind == MEAN:
+        total[:] = graph.sum
     elif scoring.kind == MAX:
-        value = graph.max.copy()
+        value[:] = graph.max
     elif scoring.initial_maximum:
-        count = np.ones_like(count)
-        runs = np.arange(count.size + 1), _bins(graph.max), np.ones_like(count)
+        count[:] = 1
+        return np.arange(count.size + 1), _bins(graph.max), np.ones(count.size, np.uint32)
     else:
-        runs = graph.histograms.start, graph.histograms.bins.copy(), graph.histograms.counts.copy()
-    return count, total, value, runs
+        return graph.histograms.start, graph.histograms.bins.copy(), graph.histograms.counts.copy()
+    return np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32)
+
+
+@njit(nogil=True, cache=True)
+def _follow_all(parent):
+    for i in range(parent.size):
+        parent[i] = _root(parent, parent[i])
 
 
 @njit(nogil=True, cache=True)

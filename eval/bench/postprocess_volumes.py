@@ -14,7 +14,7 @@ KINDS = {
 
 
 def affinity_volume(shape: tuple[int, int, int], scale: tuple[float, float, float], seed: int = 0) -> np.ndarray:
-    """(3, z, y, x) float32 affinities of tubular cells: near 1 inside, low on thin membranes, smooth noise in logits."""
+    """(3, z, y, x) float32 affinities of tubular cells: near 1 inside, low on membranes, smooth noise in logits."""
     rng = np.random.default_rng(seed)
     size = np.array(shape) * np.array(scale)
     cells = max(8, int(size.prod() / 30_000))
@@ -30,12 +30,18 @@ def affinity_volume(shape: tuple[int, int, int], scale: tuple[float, float, floa
     gap = np.where(other.any(1), np.take_along_axis(distance, other.argmax(1)[:, None], 1)[:, 0], 50.0) - distance[:, 0]
     gap = gap.reshape(grid.shape[:3]).astype(np.float32)
     gap = ndimage.zoom(gap, [n / m for n, m in zip(shape, gap.shape)], order=1)[tuple(slice(n) for n in shape)]
+    field = 0.8 * gap - 2.0 + 1.2 * _smooth_noise(rng, shape, scale)
     affinities = np.empty((3, *shape), np.float32)
     for channel in range(3):
-        noise = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), [2.2 / s**0.5 for s in scale])
-        logit = 0.8 * gap - 2.0 + 1.2 * noise / noise.std()
+        logit = (field + np.roll(field, 1, channel)) / 2 + 0.25 * _smooth_noise(rng, shape, scale)
         affinities[channel] = 1 / (1 + np.exp(-logit))
     return affinities
+
+
+def _smooth_noise(rng, shape, scale):
+    """Noise of standard deviation 1, blurred by about two voxels."""
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), [2.2 / s**0.5 for s in scale])
+    return noise / noise.std()
 
 
 def volume(kind: str, seed: int = 0) -> np.ndarray:
