@@ -18,6 +18,7 @@ import numpy as np
 from emjax import __version__, cli
 from emjax.config import Experiment
 from emjax.data.folder import Folder
+from emjax.data.intensity import percentile_window
 from emjax.data.volume import Volume, check_finite, mark_complete, open_volume
 from emjax.errors import UserError
 from emjax.inference import ledger
@@ -96,9 +97,8 @@ def choose_window(volume: Volume, text: str | None, trained: tuple[float, float]
 
     Args:
         volume: the image.
-        text: ``"LOW,HIGH"``; ``"auto"`` for the 0.5 and 99.5 percentile (of the whole volume where it is small, else of
-            64 spots); None for the rule of training: uint8 as it is, other integers by the range of their type, floats
-            by 0 to 1, or what the run's sources say.
+        text: ``"LOW,HIGH"``; ``"auto"`` for the 0.5 and 99.5 percentile; None for the rule of training: uint8 as it is,
+            other integers by the range of their type, floats by 0 to 1, or what the run's sources say.
         trained: ``intensity_range`` of the run's sources.
 
     Raises:
@@ -116,31 +116,19 @@ def choose_window(volume: Volume, text: str | None, trained: tuple[float, float]
         if trained is not None:
             return Window(*trained)
         return None if volume.dtype == np.uint8 else Window(0.0, float(np.iinfo(volume.dtype).max))
-    values = _sample(volume)
-    low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
-    if not low < high:
-        raise UserError(f"{volume.spec}: all grey values are {low:g}; there is nothing to predict")
+    if volume.dtype.kind == "f" and volume.nbytes <= 1 << 29:
+        check_finite(volume[...], volume.spec)
     if text == "auto":
-        return Window(low, high)
+        return Window(*percentile_window(volume))
     if trained is not None:
         return Window(*trained)
-    if values.min() < 0 or values.max() > 1:
+    low, high = percentile_window(volume, (0.0, 100.0))
+    if low < 0 or high > 1:
         raise UserError(
-            f"{volume.spec}: grey values {values.min():g} to {values.max():g} of {volume.dtype}, expected 0 to 1; give "
+            f"{volume.spec}: grey values {low:g} to {high:g} of {volume.dtype}, expected 0 to 1; give "
             "--window LOW,HIGH or --window auto"
         )
     return Window(0.0, 1.0)
-
-
-def _sample(volume: Volume) -> np.ndarray:
-    """Grey values of the whole volume where it is small, else of 64 spots; refuses NaN."""
-    if volume.nbytes <= 1 << 29:
-        return check_finite(volume[...], volume.spec).ravel()
-    rng = np.random.default_rng(0)
-    side = [min(length, 64) for length in volume.shape]
-    corners = [[int(rng.integers(0, n - s + 1)) for n, s in zip(volume.shape, side)] for _ in range(64)]
-    spots = [volume[tuple(slice(c, c + s) for c, s in zip(corner, side))].ravel() for corner in corners]
-    return check_finite(np.concatenate(spots), volume.spec)
 
 
 def input_generation(spec: str) -> list[list[Any]]:

@@ -175,7 +175,7 @@ def _agglomerate(
     places: Places,
     thresholds: Sequence[float],
 ) -> None:
-    volume, channels = segmentation.open_affinities(spec, **(_input_options(options) if input_options else {}))
+    volume, channels = segmentation.nearest_affinities(spec, **(_input_options(options) if input_options else {}))
     print(volume.describe())
     volume.require_voxel_size()
     mask = open_volume(options.mask).require_axes("zyx") if options.mask else None

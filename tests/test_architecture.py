@@ -25,6 +25,8 @@ COMMAND = 6
 
 
 def room_of(module: str) -> tuple[str, int]:
+    if module.endswith(".__main__"):
+        return "__main__", COMMAND
     name = module.split(".")[1] if "." in module else ""
     return name, ROOMS.get(name, COMMAND) if name else 0
 

@@ -1,16 +1,15 @@
 """Contingency tables of volumes of any size, one block at a time."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from emjax.data.ids import split_ignored
 from emjax.data.volume import Volume, blocks
 from emjax.errors import UserError
 from emjax.metrics import Contingency, contingency, empty_contingency, fill_unlabelled, merge_contingency
-
-IGNORED = 2**64 - 1
-"""CREMI's mark for voxels that are not to be scored; treated as ground truth 0."""
 
 
 def check_ids(volume: Volume, role: str) -> Volume:
@@ -58,10 +57,22 @@ def read_filled(volume: Volume, box: Sequence[slice], voxel_size: Sequence[float
         halo *= 2
 
 
-def _ground_truth(block: np.ndarray) -> np.ndarray:
-    if block.dtype == np.uint64:
-        block = np.where(block == np.uint64(IGNORED), np.uint64(0), block)
-    return block
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A segmentation (z, y, x) whose voxels of 0 read as their nearest segment: what ``fill`` scores, to be drawn."""
+
+    volume: Volume
+    voxel_size: tuple[float, float, float]
+    most_voxels: int = 1 << 26
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.volume.shape
+
+    def __getitem__(self, index: tuple[int, slice, slice]) -> np.ndarray:
+        """One section: number, and slices with ends of y and x."""
+        z, *window = index
+        return read_filled(self.volume, [slice(z, z + 1), *window], self.voxel_size, self.most_voxels)[0]
 
 
 def count(
@@ -78,7 +89,7 @@ def count(
 
     Args:
         segmentations: of the shape of ``labels``.
-        labels: ground truth, 0 (and CREMI's 2^64 - 1) = not scored.
+        labels: ground truth, 0 (and CREMI's special ids near 2^64) = not scored.
         mask: scored where not 0.
         fill: unlabelled voxels get the nearest segment first.
         most_voxels: of a block.
@@ -97,7 +108,7 @@ def count(
     voxel_size = labels.voxel_size or segmentations[0].voxel_size or (1.0, 1.0, 1.0)
     tables = [[empty_contingency()] for _ in segmentations]
     for box in blocks(labels.spatial_shape, block_of(segmentations[0], most_voxels)):
-        truth = _ground_truth(labels[box])
+        truth = split_ignored(labels[box])[0]
         inside = None if mask is None else mask[box]
         offset = tuple(part.start for part in box)
         for volume, parts in zip(segmentations, tables):

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from emjax.data.volume import Volume, blocks, check_finite, create_volume, mark_complete, open_volume
+from emjax.data.affinities import NEAREST, open_affinities
+from emjax.data.volume import Volume, blocks, check_finite, create_volume, mark_complete
 from emjax.errors import UserError
 from emjax.inference.ledger import content_hash
 from emjax.postprocess import MergeTree, agglomerate, apply, parse_score, region_graph, watershed
-from emjax.postprocess.volumes import NEAREST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,35 +83,28 @@ class Places:
         )
 
 
-def open_affinities(spec: str, **options: Any) -> tuple[Volume, tuple[int, int, int]]:
+def nearest_affinities(spec: str, **options: Any) -> tuple[Volume, tuple[int, int, int]]:
     """An affinity volume (channel, z, y, x) and the numbers of its nearest-neighbour channels z, y, x.
 
     Raises:
         UserError: not affinities, no or unfit ``offsets``, or an unknown scale.
     """
-    volume = open_volume(spec, **options)
-    volume.require_axes("czyx")
-    offsets = volume.attributes.get("offsets")
-    if offsets is None:
-        raise UserError(
-            f"{volume.spec}: affinities without an `offsets` attribute (list of z, y, x, one for each channel): it is "
-            "unknown which pairs of voxels they mean; predictions of emjax.predict have it"
-        )
-    listed = [tuple(int(step) for step in offset) for offset in offsets]
-    if len(listed) != volume.shape[0]:
-        raise UserError(f"{volume.spec}: {volume.shape[0]} channels and {len(listed)} offsets; expected as many")
-    missing = [offset for offset in NEAREST if offset not in listed]
+    affinities = open_affinities(spec, **options)
+    volume = affinities.volume
+    missing = [offset for offset in NEAREST if offset not in affinities.offsets]
     if missing:
         raise UserError(
-            f"{volume.spec}: offsets {[list(o) for o in listed]} lack {list(missing[0])}; expected the three nearest "
-            "neighbours, each stored at the voxel whose partner is at v + offset"
+            f"{volume.spec}: offsets {[list(o) for o in affinities.offsets]} lack {list(missing[0])}; expected the "
+            "three nearest neighbours, each stored at the voxel whose partner is at v + offset"
         )
-    scale = volume.attributes.get("scale", 1 / 255)
-    if volume.dtype == np.uint8 and not np.isclose(scale, 1 / 255):
-        raise UserError(f"{volume.spec}: uint8 affinities with scale {scale}; expected 1/255")
     if volume.dtype != np.uint8 and volume.dtype.kind != "f":
         raise UserError(f"{volume.spec}: affinities of {volume.dtype}; expected uint8 (scale 1/255) or floats in 0..1")
-    z, y, x = (listed.index(offset) for offset in NEAREST)
+    if not np.isclose(affinities.scale, 1 / 255 if volume.dtype == np.uint8 else 1):
+        raise UserError(
+            f"{volume.spec}: affinities of {volume.dtype} with scale {affinities.scale:g}; expected "
+            + ("1/255" if volume.dtype == np.uint8 else "1")
+        )
+    z, y, x = (affinities.offsets.index(offset) for offset in NEAREST)
     return volume, (z, y, x)
 
 
