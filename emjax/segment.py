@@ -22,12 +22,13 @@ from emjax.errors import UserError
 from emjax.inference import segmentation
 from emjax.inference.ledger import content_hash
 from emjax.inference.options import bounding_box, byte_size, memory_of_machine, numbers
+from emjax.inference.prediction import add_prediction_options, choose_window, predict_volume
 from emjax.inference.predictor import output_spec
 from emjax.inference.segmentation import Places, Settings
 from emjax.models.functional import define
 from emjax.postprocess import region_sizes
-from emjax.predict import add_prediction_options, choose_window, load_system, predict_volume, trained_window
 from emjax.systems.protocol import system_of
+from emjax.training.loading import load_system, trained_window
 
 
 def main(arguments: list[str]) -> int:

@@ -7,7 +7,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "emjax"
 
 # Higher number = higher room. Modules directly under emjax/ that are not listed are commands, the highest room.
 ROOMS = {
-    "errors": 0,
+    "__version__": -1,
+    "errors": -1,
     "cli": 0,
     "metrics": 1,
     "postprocess": 1,

@@ -23,6 +23,8 @@ from emjax.errors import UserError
 from emjax.view import neuroglancer
 from emjax.view.server import Server, Shown
 
+Triple = tuple[float, float, float]
+
 
 def kind_of(volume: Volume) -> str:
     """What a volume most likely is: affinities have offsets, labels are wide integers."""

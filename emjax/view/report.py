@@ -88,7 +88,7 @@ def error_cards(
     link_to: Callable[[Sequence[int]], str],
     count: int = 6,
 ) -> list[dict[str, Any]]:
-    """Close-ups of the worst errors (``kind`` "split" or "merge"), the broken object or the joining segment outlined."""
+    """Close-ups of the worst errors (``kind`` "split" or "merge"); the broken object or joining segment is outlined."""
     cards = []
     for entry in entries[:count]:
         z, window, place = _view_of(drawn, entry, kind)

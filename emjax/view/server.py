@@ -50,11 +50,11 @@ class Shown:
         self._lock = threading.Lock()
 
     def served_dtype(self) -> np.dtype:
-        """The type that is sent: booleans and small integers as they can be shown, segmentations as uint32 or uint64."""
+        """The type that is sent: images as they can be shown, segmentations as uint32 or uint64."""
         dtype = np.dtype(self.scales[0][0].dtype)
         if self.kind == "segmentation":
             return np.dtype(np.uint64 if dtype.itemsize == 8 else np.uint32)
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.dtype(np.uint8)
         return np.dtype(np.float32) if dtype.kind == "f" else dtype
 
