@@ -18,7 +18,8 @@ def served(folder: pathlib.Path) -> Iterator[str]:
         def do_GET(self) -> None:
             path = folder / self.path.lstrip("/").partition("?")[0]
             if not path.is_file():
-                self.send_response(404)
+                # Buckets that must not be listed say "forbidden" of what is not there.
+                self.send_response(403 if "bucket" in self.path else 404)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

@@ -110,6 +110,7 @@ class Folder:
 
     def __init__(self, location: str, *, write: bool = False):
         self.location = location.rstrip("/") or "/"
+        self.denied = ""
         credentials = _has_google_credentials if location.startswith("gs://") else _has_amazon_credentials
         self.anonymous = not write and location.startswith(("gs://", "s3://")) and not credentials()
         self.spec = kvstore(self.location, anonymous=self.anonymous)
@@ -120,7 +121,14 @@ class Folder:
         if self.spec["driver"] == "file" and not os.path.isfile(os.path.join(self.spec["path"], name)):
             return None
         with one_line(f"cannot read {join(self.location, name)}"):
-            found = self._kv.read(name).result()
+            try:
+                found = self._kv.read(name).result()
+            except (ValueError, RuntimeError, OSError) as error:
+                # Buckets that must not be listed deny what is not there.
+                if self.spec["driver"] == "file" or not re.search(r"\b403\b|PERMISSION_DENIED", str(error)):
+                    raise
+                self.denied = " (access was denied)"
+                return None
         return found.value if found.state == "value" else None
 
     def json(self, name: str) -> dict[str, Any] | None:

@@ -119,7 +119,9 @@ def _open_zarr(location: str, dataset: str | None, writable: bool) -> Opened:
         return _opened_zarr(node, attributes, metadata, writable, image=_image_above(node))
     if dataset and zarr_node(folder)[0]:
         return _no_such_key(location, dataset, _zarr_keys(folder, zarr_node(folder)[2]))
-    raise UserError(f"{node.location} is not a Zarr array or group: no zarr.json, .zarray, .zgroup or .zattrs in it")
+    raise UserError(
+        f"{node.location} is not a Zarr array or group: no zarr.json, .zarray, .zgroup or .zattrs in it{node.denied}"
+    )
 
 
 def zarr_node(folder: Folder) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -295,7 +297,7 @@ def _open_precomputed(location: str, dataset: str | None, writable: bool) -> Ope
     folder = Folder(location, write=writable)
     info = folder.json("info")
     if info is None:
-        raise UserError(f"{location} is not a precomputed volume: no info file in it")
+        raise UserError(f"{location} is not a precomputed volume: no info file in it{folder.denied}")
     scales = info.get("scales")
     if not scales or "data_type" not in info:
         kind = info.get("@type", "unknown type")

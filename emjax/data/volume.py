@@ -99,7 +99,7 @@ class Volume:
         box, after = resolve_index(index, self.shape)
         if 0 in box_shape(box):
             return np.empty(box_shape(box), self.dtype)[after]
-        return np.ascontiguousarray(self.source.read(box)[after])
+        return np.asarray(self.source.read(box)[after], order="C")
 
     def __setitem__(self, index: Any, array: Any) -> None:
         """Write a block (step 1). The array must have the shape of the block, or be a scalar.

@@ -229,7 +229,7 @@ def test_snemi(tmp_path, capsys):
     source.mkdir()
     tifffile.imwrite(source / "train-input.tif", raw)
     tifffile.imwrite(source / "train-labels.tif", ids)
-    tifffile.imwrite(source / "test-input.tif", raw[:4])
+    tifffile.imwrite(source / "test-input.tif", raw[:4], photometric="minisblack")
     run("snemi3d", "--source", source, "--output", tmp_path / "out")
     image = open_volume(tmp_path / "out" / "train.zarr")
     assert image.voxel_size == (30, 6, 6)

@@ -258,6 +258,19 @@ def test_s3_through_an_endpoint(tmp_path, monkeypatch):
         np.testing.assert_array_equal(open_volume("s3://bucket/v.zarr")[2:4], array[2:4])
 
 
+def test_a_bucket_that_forbids_instead_of_missing(tmp_path):
+    array = sample((10, 11, 12))
+    save_volume(tmp_path / "bucket" / "v.zarr", array, voxel_size=(40, 4, 4), format="zarr2")
+    save_volume(f"precomputed://{tmp_path}/bucket/p", array, voxel_size=(40, 4, 4))
+    with served(tmp_path) as address:
+        for name in ("v.zarr", "p"):
+            np.testing.assert_array_equal(open_volume(f"{address}/bucket/{name}")[...], array)
+        with pytest.raises(UserError, match=r"is not a Zarr array .* \(access was denied\)"):
+            open_volume(f"{address}/bucket/w.zarr")
+        with pytest.raises(UserError, match=r"not a precomputed volume.* \(access was denied\)"):
+            open_volume(f"precomputed://{address}/bucket/w")
+
+
 def test_addresses(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)

@@ -82,6 +82,9 @@ def test_written_and_read_back(tmp_path, name, shape, dtype):
     assert volume.complete
     np.testing.assert_array_equal(volume[...], array)
     np.testing.assert_array_equal(volume[..., 2:5, 3:17, -7:], array[..., 2:5, 3:17, -7:])
+    assert volume[..., 1].shape == array[..., 1].shape
+    assert volume[(0,) * len(shape)].shape == ()
+    assert volume[:0].shape == (0, *shape[1:])
     assert volume[...].flags.c_contiguous
     assert "voxel size 40 x 4.5 x 4 nm" in volume.describe()
     copy = pickle.loads(pickle.dumps(volume))
