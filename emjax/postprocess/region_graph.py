@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from emjax.postprocess.threads import check_threads, each, ranges
-from emjax.postprocess.volumes import NEAREST, as_fragments, nearest_channels
+from emjax.postprocess.volumes import LARGEST_ID, NEAREST, as_fragments, nearest_channels
 
 # float32 affinities are summed as multiples of 2**-30; an affinity of 1 may then occur 2**33 times on an edge.
 FIXED_POINT = 2**30
@@ -58,6 +58,32 @@ class Graph:
     running_mean: np.ndarray | None = None
     size: np.ndarray | None = None
 
+    def relabel(self, ids: np.ndarray) -> "Graph":
+        """The graph with node i called ``ids[i]``: nodes of one name become one, and edges within it or to 0 vanish.
+
+        Raises:
+          ValueError: too few ids, ids above 2**32 - 2, or a graph with running means, which do not add.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or ids.size <= self.nodes or ids.dtype.kind not in "ui":
+            raise ValueError(f"ids is {ids.dtype} of shape {ids.shape}; expected {self.nodes + 1} whole numbers")
+        most = int(ids[: self.nodes + 1].max())
+        if most > LARGEST_ID:
+            raise ValueError(f"ids holds {most}; expected at most {LARGEST_ID}")
+        size = None
+        if self.size is not None:
+            size = np.zeros(most + 1, np.int64)
+            np.add.at(size, ids[: self.nodes + 1], self.size)
+        return _sum_edges([dataclasses.replace(self, uv=ids[self.uv].astype(np.uint32), nodes=most, size=size)])
+
+    def merge(self, *others: "Graph") -> "Graph":
+        """One graph of several over the same ids, such as those of the blocks of a volume; edges named twice are summed.
+
+        Raises:
+          ValueError: graphs with different statistics or scales, or with running means, which do not add.
+        """
+        return _sum_edges([self, *others])
+
     @property
     def mean(self) -> np.ndarray:
         """(E,) float64, the mean affinity of each edge, from the exact sum."""
@@ -66,71 +92,168 @@ class Graph:
         return self.sum / (self.count.astype(np.float64) * self.scale)
 
 
+def _sum_edges(graphs: Sequence[Graph]) -> Graph:
+    """Sorts edges into lexicographic order and sums what is known of equal ones."""
+    first = graphs[0]
+    for graph in graphs:
+        if graph.running_mean is not None:
+            raise ValueError("graph has running means, which do not add; make it with statistics=('mean',)")
+        for name in ("sum", "max", "histograms", "size"):
+            if (getattr(graph, name) is None) != (getattr(first, name) is None):
+                raise ValueError(f"only some of the graphs have {name!r}; expected the same statistics in all")
+        if graph.scale != first.scale:
+            raise ValueError(f"graphs have scales {first.scale} and {graph.scale}; expected affinities of one dtype")
+    nodes = max(graph.nodes for graph in graphs)
+    ends = np.concatenate([graph.uv for graph in graphs])
+    low, high = ends.min(axis=1), ends.max(axis=1)
+    kept = np.flatnonzero((low != high) & (low != 0))
+    key = (low[kept].astype(np.uint64) << np.uint64(32)) | high[kept]
+    order = np.argsort(key, kind="stable")
+    key, kept = key[order], kept[order]
+    starts = np.flatnonzero(np.diff(key, prepend=~key[:1]))
+    key = key[starts]
+
+    def gathered(name):
+        return np.concatenate([getattr(graph, name) for graph in graphs])[kept]
+
+    count = np.add.reduceat(gathered("count").astype(np.int64), starts) if starts.size else np.zeros(0, np.int64)
+    if count.size and int(count.max()) >= 2**32:
+        raise ValueError(f"an edge has {int(count.max())} faces; expected fewer than {2**32}")
+    total = largest = histograms = size = None
+    if first.sum is not None:
+        total = np.add.reduceat(gathered("sum"), starts) if starts.size else np.zeros(0, np.int64)
+    if first.max is not None:
+        largest = np.maximum.reduceat(gathered("max"), starts) if starts.size else np.zeros(0, np.float32)
+    if first.histograms is not None:
+        histograms = _sum_histograms([graph.histograms for graph in graphs], kept, starts)
+    if first.size is not None:
+        size = np.zeros(nodes + 1, np.int64)
+        for graph in graphs:
+            size[: graph.size.size] += graph.size
+    return Graph(
+        nodes=nodes,
+        uv=np.stack([(key >> np.uint64(32)), key & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32),
+        count=count.astype(np.uint32),
+        sum=total,
+        scale=first.scale,
+        max=largest,
+        histograms=histograms,
+        size=size,
+    )
+
+
+def _sum_histograms(histograms, kept, starts):
+    """Histograms of groups of edges; ``kept`` lists the edges, ``starts`` where each group begins."""
+    begin, shift = [], 0
+    for part in histograms:
+        begin.append(np.stack([part.start[:-1], part.start[1:]]) + shift)
+        shift += part.bins.size
+    begin = np.concatenate(begin, axis=1)[:, kept] if begin else np.zeros((2, 0), np.int64)
+    bins = np.concatenate([part.bins for part in histograms])
+    counts = np.concatenate([part.counts for part in histograms])
+    group = np.append(starts, kept.size)
+    runs = np.zeros(starts.size, np.int64)
+    _add_histograms(begin, bins, counts, group, runs, np.zeros(1, np.int64), bins[:0], counts[:0], False)
+    start = np.zeros(starts.size + 1, np.int64)
+    np.cumsum(runs, out=start[1:])
+    out_bins, out_counts = np.empty(start[-1], np.uint8), np.empty(start[-1], np.uint32)
+    _add_histograms(begin, bins, counts, group, runs, start, out_bins, out_counts, True)
+    return Histograms(start, out_bins, out_counts)
+
+
 @njit(nogil=True, cache=True)
-def _row_faces(at, height, width, z, y, fragments, u, v, where):
-    """Faces between fragments at the lower side of each voxel of a row, per voxel in the order z, y, x; how many."""
-    up = width if y > 0 else 0
-    back = height * width if z > 0 else 0
+def _add_histograms(begin, bins, counts, group, runs, start, out_bins, out_counts, write):
+    tally = np.zeros(BINS, np.int64)
+    for g in range(group.size - 1):
+        tally[:] = 0
+        for k in range(group[g], group[g + 1]):
+            for r in range(begin[0, k], begin[1, k]):
+                tally[bins[r]] += counts[r]
+        n = 0
+        for b in range(BINS):
+            if tally[b]:
+                if write:
+                    out_bins[start[g] + n] = b
+                    out_counts[start[g] + n] = np.uint32(tally[b])
+                n += 1
+        runs[g] = n
+
+
+@njit(nogil=True, cache=True)
+def _row_edges(me, up, back, lead, u):
+    """The smaller fragments of the faces at the lower sides of a row's voxels; returns how many."""
     n = 0
-    previous = fragments[at]
-    for x in range(width):
-        i = at + x
-        me = fragments[i]
-        other = fragments[i - back]
-        u[n] = min(me, other)
-        v[n] = max(me, other)
-        where[n] = 3 * x
-        n += np.int64((me != other) & (me != 0) & (other != 0))
-        other = fragments[i - up]
-        u[n] = min(me, other)
-        v[n] = max(me, other)
-        where[n] = 3 * x + 1
-        n += np.int64((me != other) & (me != 0) & (other != 0))
-        u[n] = min(me, previous)
-        v[n] = max(me, previous)
-        where[n] = 3 * x + 2
-        n += np.int64((me != previous) & (me != 0) & (previous != 0))
-        previous = me
+    previous = me[max(lead - 1, 0)]
+    for x in range(lead, me.size):
+        label = me[x]
+        other = back[x]
+        u[n] = min(label, other)
+        n += np.int64((label != other) & (label != 0) & (other != 0))
+        other = up[x]
+        u[n] = min(label, other)
+        n += np.int64((label != other) & (label != 0) & (other != 0))
+        u[n] = min(label, previous)
+        n += np.int64((label != previous) & (label != 0) & (previous != 0))
+        previous = label
     return n
 
 
 @njit(nogil=True, cache=True)
-def _count_faces(fragments, height, width, z0, z1, faces):
+def _row_faces(me, up, back, az, ay, ax, lead, u, v, value):
+    """The faces at the lower sides of a row's voxels, per voxel in the order z, y, x; returns how many."""
+    n = 0
+    previous = me[max(lead - 1, 0)]
+    for x in range(lead, me.size):
+        label = me[x]
+        other = back[x]
+        u[n] = min(label, other)
+        v[n] = max(label, other)
+        value[n] = az[x]
+        n += np.int64((label != other) & (label != 0) & (other != 0))
+        other = up[x]
+        u[n] = min(label, other)
+        v[n] = max(label, other)
+        value[n] = ay[x]
+        n += np.int64((label != other) & (label != 0) & (other != 0))
+        u[n] = min(label, previous)
+        v[n] = max(label, previous)
+        value[n] = ax[x]
+        n += np.int64((label != previous) & (label != 0) & (previous != 0))
+        previous = label
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _count_faces(fragments, lead, z0, z1, faces):
     """Adds to ``faces[u]`` the number of faces whose smaller fragment is u."""
+    _, height, width = fragments.shape
     u = np.empty(3 * width + 1, np.uint32)
-    v = np.empty(3 * width + 1, np.uint32)
-    where = np.empty(3 * width + 1, np.int32)
     for z in range(z0, z1):
-        for y in range(height):
-            at = (z * height + y) * width
-            n = _row_faces(at, height, width, z, y, fragments, u, v, where)
+        for y in range(lead[1], height):
+            me = fragments[z, y]
+            n = _row_edges(me, fragments[z, max(y - 1, 0)], fragments[max(z - 1, 0), y], lead[2], u)
             for k in range(n):
                 faces[u[k]] += np.uint32(1)
 
 
 @njit(nogil=True, cache=True)
-def _collect_faces(fragments, az, ay, ax, height, width, z0, z1, place, others, values):
+def _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, others, values):
     """Writes each face's larger fragment and affinity into the bucket of its smaller fragment, in raster order."""
+    _, height, width = fragments.shape
     u = np.empty(3 * width + 1, np.uint32)
     v = np.empty(3 * width + 1, np.uint32)
-    where = np.empty(3 * width + 1, np.int32)
+    value = np.empty(3 * width + 1, az.dtype)
     for z in range(z0, z1):
-        for y in range(height):
-            at = (z * height + y) * width
-            n = _row_faces(at, height, width, z, y, fragments, u, v, where)
+        for y in range(lead[1], height):
+            me = fragments[z, y]
+            up = fragments[z, max(y - 1, 0)]
+            back = fragments[max(z - 1, 0), y]
+            n = _row_faces(me, up, back, az[z, y], ay[z, y], ax[z, y], lead[2], u, v, value)
             for k in range(n):
-                x = where[k] // 3
-                c = where[k] - 3 * x
-                i = at + x
-                value = az[i]
-                if c == 1:
-                    value = ay[i]
-                elif c == 2:
-                    value = ax[i]
                 p = place[u[k]]
                 place[u[k]] = p + 1
                 others[p] = v[k]
-                values[p] = value
+                values[p] = value[k]
 
 
 @njit(nogil=True, cache=True)
@@ -291,12 +414,13 @@ def _sort_bins(start, edge, values, u0, u1, first, levels, face, bins, runs):
 def _encode_runs(e0, e1, face, sorted_bins, start, bins, counts):
     for e in range(e0, e1):
         r = start[e] - 1
+        begin = face[e]
         for p in range(face[e], face[e + 1]):
-            if p == face[e] or sorted_bins[p] != sorted_bins[p - 1]:
-                r += 1
-                bins[r] = sorted_bins[p]
-                counts[r] = 0
-            counts[r] += np.uint32(1)
+            fresh = (p == face[e]) | (sorted_bins[p] != sorted_bins[max(p - 1, 0)])
+            r += np.int64(fresh)
+            begin = p if fresh else begin
+            bins[r] = sorted_bins[p]
+            counts[r] = np.uint32(p + 1 - begin)
 
 
 @njit(nogil=True, cache=True)
@@ -335,6 +459,7 @@ def region_graph(
     statistics: Iterable[str] = ("mean",),
     offsets: Sequence[Sequence[int]] = NEAREST,
     *,
+    lead: Sequence[int] = (0, 0, 0),
     threads: int = 1,
 ) -> Graph:
     """The region graph of ``fragments``, with the affinities on the faces between them.
@@ -345,6 +470,8 @@ def region_graph(
       statistics: any of "mean" (exact sums), "max", "histogram" (256 bins), "running_mean" (waterz's float32 mean) and
         "size" (voxels of each fragment); counts are always made.
       offsets: (z, y, x) offset of each channel.
+      lead: along each axis 0, or 1 if the first plane is the neighbouring block's: only the faces at the lower sides of
+        the other voxels are counted, and only these voxels.
       threads: worker threads; the result does not depend on their number.
 
     Raises:
@@ -356,17 +483,18 @@ def region_graph(
         raise ValueError(
             f"statistics has {sorted(wanted - set(STATISTICS))[0]!r}; expected any of {', '.join(STATISTICS)}"
         )
-    az, ay, ax = (channel.reshape(-1) for channel in nearest_channels(affinities, offsets))
+    az, ay, ax = nearest_channels(affinities, offsets)
     shape = np.shape(affinities)[1:]
     fragments = as_fragments(fragments, shape)
     nodes = int(fragments.max())
-    flat = fragments.reshape(-1)
-    depth, height, width = shape
+    lead = tuple(int(planes) for planes in lead)
+    if len(lead) != 3 or any(planes not in (0, 1) or planes >= n for planes, n in zip(lead, shape)):
+        raise ValueError(f"lead is {lead} for shape {shape}; expected 0 or 1 along each axis, with a plane after it")
 
-    slabs = ranges(depth, threads)
+    slabs = [(z0 + lead[0], z1 + lead[0]) for z0, z1 in ranges(shape[0] - lead[0], threads)]
     faces = np.zeros((len(slabs), nodes + 2), np.uint32)
     each(
-        lambda z0, z1, faces: _count_faces(flat, height, width, z0, z1, faces),
+        lambda z0, z1, faces: _count_faces(fragments, lead, z0, z1, faces),
         [(*slab, row) for slab, row in zip(slabs, faces)],
         threads,
     )
@@ -378,7 +506,7 @@ def region_graph(
     edge = np.empty(total, np.uint32)
     values = np.empty(total, az.dtype)
     each(
-        lambda z0, z1, place: _collect_faces(flat, az, ay, ax, height, width, z0, z1, place, edge, values),
+        lambda z0, z1, place: _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, edge, values),
         [(*slab, row) for slab, row in zip(slabs, place)],
         threads,
     )
@@ -402,6 +530,7 @@ def region_graph(
 
     levels = affinity_levels(values.dtype)
     scale = 255 if levels.size else FIXED_POINT
+    # Made in any case: the pass also finds values that are not numbers.
     sums = np.zeros(edges, np.int64)
     add = _sum_bytes if levels.size else _sum_floats
     invalid = sum(each(lambda u0, u1: add(start, edge, values, u0, u1, first, sums), buckets, threads))
@@ -420,7 +549,7 @@ def region_graph(
     if "histogram" in wanted:
         histograms = _histograms(start, edge, values, buckets, first, levels, count, threads)
     if "size" in wanted:
-        size = region_sizes(fragments, nodes)
+        size = region_sizes(fragments[lead[0] :, lead[1] :, lead[2] :], nodes)
     return Graph(
         nodes=nodes,
         uv=uv,

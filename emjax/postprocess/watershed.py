@@ -31,8 +31,11 @@ def byte_limits(low: np.float32, high: np.float32) -> tuple[np.uint8, np.uint8] 
 
 
 @njit(nogil=True, cache=True)
-def _flag_slab(az, ay, ax, low, high, flags, z0, z1):
-    """Sets ``flags[z0:z1]``; returns how many plateau voxels it holds, and whether an affinity is not a number."""
+def _flag_slab(az, ay, ax, low, high, inner, flags, z0, z1):
+    """Sets ``flags[z0:z1]``; returns how many plateau voxels it holds, and whether an affinity is not a number.
+
+    ``inner``: for each axis, whether the volume goes on below the first plane, whose affinities then count.
+    """
     depth, height, width = az.shape
     nz = np.empty(width, az.dtype)
     pz = np.empty(width, az.dtype)
@@ -44,16 +47,17 @@ def _flag_slab(az, ay, ax, low, high, flags, z0, z1):
     for z in range(z0, z1):
         for y in range(height):
             for x in range(width):
-                nz[x] = az[z, y, x] if z > 0 else low
+                nz[x] = az[z, y, x] if z > 0 or inner[0] else low
             for x in range(width):
                 pz[x] = az[z + 1, y, x] if z + 1 < depth else low
             for x in range(width):
-                ny[x] = ay[z, y, x] if y > 0 else low
+                ny[x] = ay[z, y, x] if y > 0 or inner[1] else low
             for x in range(width):
                 py[x] = ay[z, y + 1, x] if y + 1 < height else low
             for x in range(width):
                 nx[x] = ax[z, y, x]
-            nx[0] = low
+            if not inner[2]:
+                nx[0] = low
             nx[width] = low
             wrong = 0
             for x in range(width):
@@ -246,18 +250,18 @@ def _look_up_slab(labels, lut, start, stop):
         labels[i] = lut[labels[i]]
 
 
-def _flags(channels, low, high, threads):
+def _flags(channels, low, high, threads, inner=(False, False, False)):
     """The drainage byte of each voxel, plateaus not yet divided, and the number of plateau voxels."""
     az, ay, ax = channels
     if az.dtype == np.uint8:
         limits = byte_limits(low, high)
         if limits is None:
             levels = np.arange(256, dtype=np.float32) / np.float32(255)
-            return _flags(tuple(levels[channel] for channel in channels), low, high, threads)
+            return _flags(tuple(levels[channel] for channel in channels), low, high, threads, inner)
         low, high = limits
     flags = np.empty(az.shape, np.uint8)
     slabs = ranges(az.shape[0], threads)
-    found = each(lambda z0, z1: _flag_slab(az, ay, ax, low, high, flags, z0, z1), slabs, threads)
+    found = each(lambda z0, z1: _flag_slab(az, ay, ax, low, high, inner, flags, z0, z1), slabs, threads)
     if any(invalid for _, invalid in found):
         raise ValueError(f"affinities holds NaN {_first_nan(channels)}; expected numbers")
     return flags, sum(many for many, _ in found)
