@@ -12,10 +12,14 @@ import numba
 import numpy as np
 from scipy import ndimage
 
+from emjax.postprocess.radix import dense_ranks
 from emjax.postprocess.threads import check_threads, each
 from emjax.postprocess.volumes import NEAREST, nearest_channels
 
 BIOIMAGE_LEVELS = 65536
+
+# Marks voxels that no seed may enter.
+_WALL = 2**32 - 1
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _BIT_OF = np.zeros(64, np.int64)
@@ -371,39 +375,32 @@ def _flooded(
     levels: int | None,
     flooding: str,
 ) -> np.ndarray:
+    highest = int(seeds.max())
+    if highest >= _WALL:
+        # The kernels hold ids in 4 bytes: number the seeds, flood, and give the ids back.
+        ids, numbers = np.unique(np.append(seeds.reshape(-1), seeds.dtype.type(0)), return_inverse=True)
+        numbers = numbers[:-1].reshape(seeds.shape).astype(np.uint32)
+        return ids[_flooded(surface, numbers, mask, connectivity, levels, flooding)]
     ranks, count = _levels(surface, levels)
-    # Kernels of two id types only: 4 bytes per voxel unless the ids need 8.
-    wide = seeds.dtype.itemsize > 4 and int(seeds.max()) >= 2**32 - 1
-    kind = np.uint64 if wide or (seeds.dtype == np.uint32 and seeds.max() == 2**32 - 1) else np.uint32
-    wall = np.iinfo(kind).max
-    if wide and seeds.max() == wall:
-        raise ValueError(f"seeds holds the id {wall}; expected at most {wall - 1}")
+    # A wall around the volume saves the tests for its edges.
     inner = (slice(1, -1),) * surface.ndim
     padded = tuple(side + 2 for side in surface.shape)
-    labels = np.full(padded, wall, kind)
+    labels, heights = np.full(padded, _WALL, np.uint32), np.empty(padded, np.uint32)
     labels[inner] = seeds
+    heights[inner] = ranks
     if mask is not None:
-        labels[inner][mask == 0] = wall
-    padded_levels = np.zeros(padded, np.uint32)
-    padded_levels[inner] = ranks
+        labels[inner][mask == 0] = _WALL
+    flat = heights.reshape(-1), labels.reshape(-1), _steps(padded, connectivity, flooding)
     index = np.int32 if labels.size < 2**31 else np.int64
-    words = -(-count // 64)
-    _flood(
-        padded_levels.reshape(-1),
-        labels.reshape(-1),
-        _steps(padded, connectivity, flooding),
-        kind(wall),
-        flooding == "bioimage",
-        np.empty(labels.size, index),
-        np.full(count, -1, index),
-        np.empty(count, index),
-        np.zeros(words, np.uint64),
-        np.zeros(-(-words // 64), np.uint64),
-    )
+    following = np.empty(labels.size, index)
+    if flooding == "bioimage":
+        _flood_last_in(*flat, np.full(count, -1, index), following)
+    else:
+        words = -(-count // 64)
+        marks = np.zeros(words, np.uint64), np.zeros(-(-words // 64), np.uint64)
+        _flood_first_in(*flat, np.full(count, -1, index), np.empty(count, index), following, *marks)
     result = labels[inner]
-    if mask is not None:
-        result = np.where(mask == 0, kind(0), result)
-    return result.astype(seeds.dtype)
+    return (result if mask is None else np.where(mask == 0, np.uint32(0), result)).astype(seeds.dtype)
 
 
 def _steps(padded: tuple[int, ...], connectivity: int, flooding: str) -> np.ndarray:
@@ -423,85 +420,27 @@ def _levels(surface: np.ndarray, count: int | None) -> tuple[np.ndarray, int]:
     if lowest == highest:
         return np.zeros(surface.shape, np.uint32), 1
     if count is not None:
-        scale = (count - 1) / (float(highest) - float(lowest))
-        quantised = (surface.astype(np.float64) - float(lowest)) * scale
-        return np.clip(quantised, 0, count - 1).astype(np.uint32), count
+        levels = np.empty(surface.size, np.uint32)
+        flat = np.ascontiguousarray(surface).reshape(-1)
+        flat = flat if flat.dtype in (np.float32, np.float64) else flat.astype(np.float64)
+        _quantise(flat, float(lowest), (count - 1) / (float(highest) - float(lowest)), count, levels)
+        return levels.reshape(surface.shape), count
     if surface.dtype.kind in "ui":
         span = int(highest) - int(lowest)
-        if span < max(1 << 16, surface.size // 2):
-            return (surface - lowest).astype(np.uint32), span + 1
-    return _dense_ranks(surface)
-
-
-def _dense_ranks(surface: np.ndarray) -> tuple[np.ndarray, int]:
-    """The rank of each value among the distinct values, by radix sort."""
-    keys, bits = _sort_keys(surface)
-    order = np.arange(keys.size, dtype=np.int32 if keys.size < 2**31 else np.int64)
-    other_keys, other_order = np.empty_like(keys), np.empty_like(order)
-    for shift in range(0, bits, 11):
-        if _radix_pass(keys, order, other_keys, other_order, shift):
-            keys, other_keys = other_keys, keys
-            order, other_order = other_order, order
-    ranks = np.empty(surface.size, np.uint32)
-    count = _number_sorted(keys, order, ranks)
-    return ranks.reshape(surface.shape), int(count)
-
-
-def _sort_keys(surface: np.ndarray) -> tuple[np.ndarray, int]:
-    """Unsigned keys in the order of the values, and how many bits they use."""
-    if surface.dtype.kind == "f":
-        narrow = surface.astype(np.float32)
-        if surface.dtype.itemsize <= 4 or np.array_equal(narrow, surface):
-            # Adding 0 turns -0 into +0: equal values, different bits.
-            return _float_keys((narrow + np.float32(0)).reshape(-1).view(np.uint32), np.uint32(31)), 32
-        return _float_keys((surface.astype(np.float64) + 0.0).reshape(-1).view(np.uint64), np.uint64(63)), 64
-    if surface.dtype.kind == "i":
-        keys = surface.astype(np.int64).reshape(-1).view(np.uint64) ^ np.uint64(1 << 63)
-    else:
-        keys = surface.astype(np.uint64).reshape(-1)
-    keys = keys - keys.min()
-    bits = int(keys.max()).bit_length()
-    return (keys.astype(np.uint32), bits) if bits <= 32 else (keys, bits)
-
-
-def _float_keys(pattern: np.ndarray, sign: np.unsignedinteger) -> np.ndarray:
-    one = type(sign)(1)
-    return np.where(pattern >> sign, ~pattern, pattern | (one << sign))
+        if span < max(BIOIMAGE_LEVELS, surface.size // 2):
+            # Subtracted in uint64, where differences of large and of negative numbers both come out right.
+            levels = surface.astype(np.uint64) - np.array(lowest).astype(np.uint64)
+            return levels.astype(np.uint32), span + 1
+    return dense_ranks(surface)
 
 
 @numba.njit(nogil=True, cache=True)
-def _radix_pass(keys, order, new_keys, new_order, shift):
-    """One stable counting pass over 11 bits; False, with nothing moved, if all keys share them."""
-    counts = np.zeros(2048, np.int64)
-    for place in range(len(keys)):
-        counts[(keys[place] >> shift) & 2047] += 1
-    start = 0
-    for digit in range(2048):
-        if counts[digit] == len(keys):
-            return False
-        here = counts[digit]
-        counts[digit] = start
-        start += here
-    for place in range(len(keys)):
-        digit = (keys[place] >> shift) & 2047
-        target = counts[digit]
-        counts[digit] = target + 1
-        new_keys[target] = keys[place]
-        new_order[target] = order[place]
-    return True
+def _quantise(values, lowest, scale, count, levels):
+    for place in range(len(values)):
+        levels[place] = min(max(np.int64((np.float64(values[place]) - lowest) * scale), 0), count - 1)
 
 
 @numba.njit(nogil=True, cache=True)
-def _number_sorted(keys, order, ranks):
-    rank = 0
-    for place in range(len(keys)):
-        if place > 0 and keys[place] != keys[place - 1]:
-            rank += 1
-        ranks[order[place]] = rank
-    return rank + 1
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
 def _lowest_bit(word):
     isolated = word & (~word + np.uint64(1))
     return _BIT_OF[(isolated * _DE_BRUIJN) >> np.uint64(58)]
@@ -509,16 +448,14 @@ def _lowest_bit(word):
 
 @numba.njit(nogil=True, cache=True)
 def _next_level(level, words, groups):
-    """The first marked level above ``level``, or -1: one word, then its group, then the groups."""
+    """The first marked level from ``level`` on, or -1; no level below it may be marked."""
     full = ~np.uint64(0)
     word = level >> 6
-    bit = level & 63
-    rest = words[word] & (full << np.uint64(bit)) & ~(np.uint64(1) << np.uint64(bit))
+    rest = words[word] & (full << np.uint64(level & 63))
     if rest:
         return (word << 6) + _lowest_bit(rest)
     group = word >> 6
-    bit = word & 63
-    rest = groups[group] & (full << np.uint64(bit)) & ~(np.uint64(1) << np.uint64(bit))
+    rest = groups[group] & (full << np.uint64(word & 63))
     while rest == 0:
         group += 1
         if group == len(groups):
@@ -529,38 +466,35 @@ def _next_level(level, words, groups):
 
 
 @numba.njit(nogil=True, cache=True)
-def _flood(levels, labels, steps, wall, monotone_last_in, following, head, tail, words, groups):
-    """Floods ``labels`` in place. Each level is a linked list; ``words`` and ``groups`` mark the levels in use."""
-    current = len(head)
+def _flood_first_in(heights, labels, steps, head, tail, following, words, groups):
+    """Floods in order of (level, time of queueing).
+
+    Each level is a linked list from ``head[level]`` to ``tail[level]``; a bit in ``words`` marks a level that has
+    one, a bit in ``groups`` a word that is not 0. The lines that queue a voxel stand here twice: passing the arrays to
+    a function would cost an atomic reference count each, for every voxel.
+    """
+    wall = np.uint32(_WALL)
+    one = np.uint64(1)
     for voxel in range(len(labels)):
         if labels[voxel] != 0 and labels[voxel] != wall:
-            level = np.int64(levels[voxel])
+            level = np.int64(heights[voxel])
+            following[voxel] = -1
             if head[level] < 0:
-                following[voxel] = -1
                 head[level] = voxel
-                tail[level] = voxel
-                words[level >> 6] |= np.uint64(1) << np.uint64(level & 63)
-                groups[level >> 12] |= np.uint64(1) << np.uint64((level >> 6) & 63)
-            elif monotone_last_in:
-                following[voxel] = head[level]
-                head[level] = voxel
+                words[level >> 6] |= one << np.uint64(level & 63)
+                groups[level >> 12] |= one << np.uint64((level >> 6) & 63)
             else:
-                following[voxel] = -1
                 following[tail[level]] = voxel
-                tail[level] = voxel
-            current = min(current, level)
-    if current == len(head):
-        return
-    while True:
+            tail[level] = voxel
+    current = _next_level(0, words, groups)
+    while current >= 0:
         voxel = np.int64(head[current])
         if voxel < 0:
             word = current >> 6
-            words[word] &= ~(np.uint64(1) << np.uint64(current & 63))
+            words[word] &= ~(one << np.uint64(current & 63))
             if words[word] == 0:
-                groups[word >> 6] &= ~(np.uint64(1) << np.uint64(word & 63))
+                groups[word >> 6] &= ~(one << np.uint64(word & 63))
             current = _next_level(current, words, groups)
-            if current < 0:
-                return
             continue
         head[current] = following[voxel]
         label = labels[voxel]
@@ -569,24 +503,40 @@ def _flood(levels, labels, steps, wall, monotone_last_in, following, head, tail,
             neighbour = voxel + steps[place]
             if labels[neighbour] == 0:
                 labels[neighbour] = label
-                level = np.int64(levels[neighbour])
-                if monotone_last_in and level < current:
-                    level = current
+                level = np.int64(heights[neighbour])
+                following[neighbour] = -1
                 if head[level] < 0:
-                    following[neighbour] = -1
                     head[level] = neighbour
-                    tail[level] = neighbour
-                    words[level >> 6] |= np.uint64(1) << np.uint64(level & 63)
-                    groups[level >> 12] |= np.uint64(1) << np.uint64((level >> 6) & 63)
+                    words[level >> 6] |= one << np.uint64(level & 63)
+                    groups[level >> 12] |= one << np.uint64((level >> 6) & 63)
                     lowest = min(lowest, level)
-                elif monotone_last_in:
-                    following[neighbour] = head[level]
-                    head[level] = neighbour
                 else:
-                    following[neighbour] = -1
                     following[tail[level]] = neighbour
-                    tail[level] = neighbour
+                tail[level] = neighbour
         current = lowest
+
+
+@numba.njit(nogil=True, cache=True)
+def _flood_last_in(heights, labels, steps, newest, older):
+    """Floods level by level, never downwards; each level is a stack, kept as a linked list."""
+    wall = np.uint32(_WALL)
+    for voxel in range(len(labels)):
+        if labels[voxel] != 0 and labels[voxel] != wall:
+            level = np.int64(heights[voxel])
+            older[voxel] = newest[level]
+            newest[level] = voxel
+    for current in range(len(newest)):
+        while newest[current] >= 0:
+            voxel = np.int64(newest[current])
+            newest[current] = older[voxel]
+            label = labels[voxel]
+            for place in range(len(steps)):
+                neighbour = voxel + steps[place]
+                if labels[neighbour] == 0:
+                    labels[neighbour] = label
+                    level = max(np.int64(heights[neighbour]), current)
+                    older[neighbour] = newest[level]
+                    newest[level] = neighbour
 
 
 @numba.njit(nogil=True, cache=True)
