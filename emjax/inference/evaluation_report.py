@@ -29,21 +29,11 @@ def report_page(
         position = [p + 0.5 + o / s for p, o, s in zip(place, evaluation.offset, size)]
         return neuroglancer.link(neuroglancer.state(layers, size, position, drawn.segmentation.shape))
 
+    joined = "Segments that join several objects, by their share of VOI merge. The segment is outlined in white."
+    broken = "Objects that several segments share, by their share of VOI split. The object is outlined in white."
     groups = (
-        (
-            "Worst merges",
-            "merges",
-            "segment",
-            "objects",
-            "Segments that join several objects, by their share of VOI merge.",
-        ),
-        (
-            "Worst splits",
-            "splits",
-            "object",
-            "segments",
-            "Objects that several segments share, by their share of VOI split.",
-        ),
+        ("Worst merges", "merges", "segment", "objects", joined),
+        ("Worst splits", "splits", "object", "segments", broken),
     )
     serve = ["python", "-m", "emjax.view", "--port", str(DEFAULT_PORT)]
     serve += [
