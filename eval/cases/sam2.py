@@ -30,13 +30,16 @@ from emjax.models.sam2.stack import (
     remembered,
     track,
 )
+from emjax.systems.sam2_session import ImagePredictor, Network, Session
+from emjax.weights.family import from_state, to_state
 from emjax.weights.rules import read_state
-from emjax.weights.sam2 import OFFICIAL
+from emjax.weights.sam2 import FAMILY, OFFICIAL
 
 MODULE = 1e-4
 TRACKING = 3e-4
 PREDICTOR = 3e-3
 OTHER_SIDE = 1e-3
+NEW_IN_21 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
 _FAN_IN_MARKS = ("attn_token_to_image.", "attn_image_to_token.", ".query_proj.")
 
 
@@ -441,6 +444,90 @@ def track_long(path: pathlib.Path) -> Iterator[Row]:
     yield from steps_compared(path, oracle, got, {"image_size", "stack_u8", "seed"})
 
 
+def predictor_network(path: pathlib.Path, seed: int) -> Network:
+    _, collections = network(path, "tiny", seed)
+    return Network(sam2_config("tiny", "2.1"), collections, TrackOptions())
+
+
+@precise
+def video_predictor(path: pathlib.Path) -> Iterator[Row]:
+    """The documented session: a click, a mask, forward, a correction, backward; the reference loses corrections."""
+    oracle = load(path)
+    rows_columns = tuple(int(n) for n in oracle["video_hw"])
+    stack = oracle["stack_u8"]
+    height, width = rows_columns
+    session = Session(
+        predictor_network(path, int(oracle["seed"])),
+        lambda z: stack[z],
+        len(stack),
+        stack.shape[1:],
+        rows_columns,
+        corrections_stick=False,
+        holes=0,
+    )
+    y, x = np.mgrid[:height, :width]
+    disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (0.22 * height) ** 2
+    got = {}
+    with session:
+        got["prompt/obj1"] = session.add_points(1, 0, [[0.55 * height, 0.4 * width]], [1])
+        got["prompt/obj2"] = session.add_mask(2, 1, disc)
+        got |= {f"forward/frame{z}": logits for z, logits in session.propagate(0)}
+        points = [[0.3 * height, 0.7 * width], [0.8 * height, 0.2 * width]]
+        got["correct/frame2"] = session.add_points(1, 2, points, [1, 0])
+        got |= {f"reverse/frame{z}": logits for z, logits in session.propagate(len(stack) - 1, BACKWARD)}
+        records = [session.record(1, z) for z in range(len(stack))]
+    got = {name: logits[:, None] for name, logits in got.items()}
+    got[f"ptr/obj1_frame{len(stack) - 1}"] = records[-1][1][None]
+    got["score/obj1"] = np.float32([[score] for score, _ in records])
+    yield from compared(path, oracle, got, PREDICTOR, {"image_size", "video_hw", "stack_u8", "seed"})
+
+
+@precise
+def image_predictor(path: pathlib.Path) -> Iterator[Row]:
+    oracle = load(path)
+    size = (int(path.stem.rsplit("_", 1)[1]),) * 2
+    net = predictor_network(path, int(oracle["seed"]))
+    net = dataclasses.replace(net, options=dataclasses.replace(net.options, stability_threshold=None))
+    predictor = ImagePredictor(net, oracle["image_u8"], size)
+    model = net._definition.bind(net.variables)
+    got = {
+        f"input_{size[0]}": channels_first(predictor.input),
+        "image_embed": channels_first(model.without_memory(predictor.features)),
+    }
+
+    def add(name: str, result) -> None:
+        masks, ious, low = result
+        got[f"{name}/masks"], got[f"{name}/iou"], got[f"{name}/low_res"] = masks[None], ious[None], low[None]
+
+    first = predictor.predict(oracle["point"][:, ::-1], np.ones(len(oracle["point"]), int))
+    add("points", first)
+    corners = oracle["box"].reshape(2, 2)[:, ::-1].ravel()
+    add("box", predictor.predict(box=corners, several=False))
+    best = first[2][np.argmax(first[1])]
+    labels = np.int32([1, 0])
+    add("refine", predictor.predict(oracle["refine_points"][:, ::-1], labels, mask=best, several=False))
+    yield from compared(path, oracle, got, MODULE, {"image_u8", "point", "box", "refine_points", "seed"})
+
+
+def manifest(path: pathlib.Path) -> Iterator[Row]:
+    """Converter: every name and shape of versions 2.1 and 2.0, official and Hugging Face names, bit for bit."""
+    shapes = load_json(path)
+    size = path.stem.removeprefix("manifest_")
+    state = {name: np.float32(value) for name, value in seeded_state(path.parent.parent, shapes, 0).items()}
+    for version in ("2.1", "2.0"):
+        if version == "2.0":
+            state = {name: value for name, value in state.items() if name not in NEW_IN_21}
+        checkpoint = from_state(state, [FAMILY], path.name)
+        settings = {"size": size, "version": version}
+        yield Row(f"{version} recognised", 0, 0, str(settings), checkpoint.settings == settings)
+        back = to_state(checkpoint, "official")
+        other = from_state(to_state(checkpoint, "huggingface"), [FAMILY], path.name)
+        for label, found in (("official", back), ("Hugging Face", to_state(other, "official"))):
+            wrong = [n for n in state if n not in found or not np.array_equal(found[n], state[n])]
+            same = not wrong and len(found) == len(state)
+            yield Row(f"{version} {label} names, {len(state)} arrays", len(wrong), math.nan, "bit-exact", same)
+
+
 CASES = {
     "encoder_tiny_1024x1024.npz": Case(encoder, slow=True),
     "encoder_large_*.npz": Case(encoder, slow=True),
@@ -450,6 +537,10 @@ CASES = {
     "mask_decoder.npz": Case(mask_decoder),
     "memory_encoder.npz": Case(memory_encoder),
     "memory_attention.npz": Case(memory_attention),
+    "video_predictor.npz": Case(video_predictor),
+    "image_predictor_*.npz": Case(image_predictor, slow=True),
+    "manifest_large.json": Case(manifest, slow=True),
+    "manifest_*.json": Case(manifest),
     "track_long.npz": Case(track_long),
     "track_*.npz": Case(track_short),
 }

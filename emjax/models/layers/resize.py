@@ -34,13 +34,15 @@ def matrix(size: int, out: int, method: str = "bilinear", antialias: bool = Fals
     if antialias and method != "bilinear":
         raise ValueError(f"antialias is only there for bilinear, not for {method}")
     scale = size / out
+    # The factor is rounded to float32 as in PyTorch: in large images that is visible in the weights.
+    single = float(np.float32(size) / np.float32(out))
     rows = np.arange(out)
     weights = np.zeros((out, size))
     if method == "nearest":
         weights[rows, np.minimum((rows * scale).astype(int), size - 1)] = 1
         return weights.astype(np.float32)
     if antialias:
-        centre = scale * (rows + 0.5)
+        centre = (single * (rows + 0.5)).astype(np.float32).astype(float)
         stretch = max(scale, 1.0)
         first = np.maximum((centre - stretch + 0.5).astype(int), 0)
         last = np.minimum((centre + stretch + 0.5).astype(int), size)
@@ -48,7 +50,7 @@ def matrix(size: int, out: int, method: str = "bilinear", antialias: bool = Fals
         triangle = np.maximum(0.0, 1 - np.abs(columns[None] - centre[:, None] + 0.5) / stretch)
         weights = triangle * ((columns >= first[:, None]) & (columns < last[:, None]))
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    source = (rows + 0.5) * scale - 0.5
+    source = ((rows + 0.5) * single - 0.5).astype(np.float32)
     if method == "bilinear":
         source = np.maximum(source, 0.0)
         base = np.floor(source).astype(int)

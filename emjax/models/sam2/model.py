@@ -132,12 +132,14 @@ class SAM2(nnx.Module):
         several: bool = True,
         stability_threshold: float | None = None,
         stability_delta: float = 0.05,
+        hide_absent: bool = True,
     ) -> Heads:
         """Prompts on one slice to masks of each object of the batch.
 
         ``embedding`` (1 or batch, h, w, 256); ``points``: x, y in input pixels (batch, n, 2) and labels (batch, n), a
         box being the first two points with labels 2 and 3; ``mask``: logits (batch, 4 h, 4 w). ``several`` asks for
-        three candidates, of which the best predicted IoU is taken.
+        three candidates, of which the best predicted IoU is taken. With ``hide_absent`` the masks of an object that is
+        predicted to be absent are -1024 everywhere.
         """
         batch = len(points[0]) if points is not None else len(mask) if mask is not None else len(embedding)
         if points is None:
@@ -157,7 +159,8 @@ class SAM2(nnx.Module):
         else:
             candidates, ious = single_mask(decoded, stability_threshold, stability_delta)
             best = jnp.zeros(batch, jnp.int32)
-        candidates = jnp.where(present[:, None, None, None], candidates, NO_OBJECT)
+        if hide_absent:
+            candidates = jnp.where(present[:, None, None, None], candidates, NO_OBJECT)
         low = jnp.take_along_axis(candidates, best[:, None, None, None], axis=1)[:, 0]
         token = jnp.take_along_axis(decoded.tokens, (best + int(several))[:, None, None], axis=1)[:, 0]
         return Heads(candidates, ious, low, self.pointer(token, present), score)
