@@ -24,7 +24,7 @@ def mutex_watershed(
     mask: np.ndarray | None = None,
     convention: str = "affogato",
     bias: float = 0.5,
-    drop_singletons: bool = False,
+    drop_isolated: bool = False,
 ) -> np.ndarray:
     """Partitions a volume by its short- and long-range affinities.
 
@@ -42,7 +42,7 @@ def mutex_watershed(
         (mwatershed): every edge weighs a - bias, positive ones attract, negative ones repel, in falling order of
         absolute value; edges of weight 0 do nothing.
       bias: for "signed" only.
-      drop_singletons: give label 0 to voxels that no edge joined to another, as mwatershed does.
+      drop_isolated: give label 0 to voxels that have no attractive edge at all, as mwatershed does.
 
     Returns:
       (z, y, x) uint32, 1.. in raster order of each segment's first voxel. Equal weights: smaller channel first, then
@@ -73,9 +73,14 @@ def mutex_watershed(
         raise ValueError(f"affinities has {voxels} voxels; expected at most 2**31 - 1: segment it in blocks")
     edges, place_bits = _sorted_edges(affinities, moves, steps, inside, attractive, convention, bias)
     partner = moves @ np.array([shape[1] * shape[2], shape[2], 1])
-    parents = _clusters(edges, place_bits, partner, voxels)
+    parents = _clusters(edges, place_bits, _channel_bits(channels), partner, voxels)
     labels = np.empty(voxels, np.uint32)
-    _number(parents, inside.reshape(-1), drop_singletons, labels)
+    kept = inside.reshape(-1)
+    if drop_isolated:
+        attracted = np.zeros(voxels, np.bool_)
+        _mark_attracted(edges, place_bits, _channel_bits(channels), partner, attracted)
+        kept = kept & attracted
+    _number(parents, kept, labels)
     return labels.reshape(shape)
 
 
@@ -112,6 +117,10 @@ def _strides(strides: Sequence, channels: int, attractive: int) -> np.ndarray:
     return all_steps
 
 
+def _channel_bits(channels: int) -> int:
+    return max(1, (channels - 1).bit_length())
+
+
 def _sorted_edges(
     affinities: np.ndarray,
     moves: np.ndarray,
@@ -124,7 +133,7 @@ def _sorted_edges(
     """Edges in falling order of weight, each packed as (repulsive, channel, voxel), and the bits of the voxel."""
     shape = affinities.shape[1:]
     place_bits = max(1, (int(np.prod(shape)) - 1).bit_length())
-    channel_bits = max(1, (len(affinities) - 1).bit_length())
+    channel_bits = _channel_bits(len(affinities))
     packed = np.uint32 if place_bits + channel_bits + 1 <= 32 else np.uint64
     repulsive_bit = packed(1 << (place_bits + channel_bits))
     last = np.array(shape)
@@ -149,7 +158,7 @@ def _sorted_edges(
     return radix_sort(keys, edges[:filled])[1], place_bits
 
 
-def _clusters(edges: np.ndarray, place_bits: int, partner: np.ndarray, voxels: int) -> np.ndarray:
+def _clusters(edges: np.ndarray, place_bits: int, channel_bits: int, partner: np.ndarray, voxels: int) -> np.ndarray:
     """The parent of each voxel in the union-find forest after all edges."""
     parents = np.arange(voxels, dtype=np.int32)
     first, sizes = np.full(voxels, -1, np.int32), np.zeros(voxels, np.int32)
@@ -158,7 +167,7 @@ def _clusters(edges: np.ndarray, place_bits: int, partner: np.ndarray, voxels: i
     done, used, linked = 0, 0, 0
     while done < len(edges):
         done, used, linked, wanted = _process(
-            edges, place_bits, partner, parents, first, sizes, table, entries, done, used, linked
+            edges, place_bits, channel_bits, partner, parents, first, sizes, table, entries, done, used, linked
         )
         if done == len(edges):
             break
@@ -206,20 +215,14 @@ def _collect(
 
 
 @numba.njit(nogil=True, cache=True)
-def _process(edges, place_bits, partner, parents, first, sizes, table, entries, done, used, linked):
+def _process(edges, place_bits, channel_bits, partner, parents, first, sizes, table, entries, done, used, linked):
     """Goes through the edges from ``done`` on; stops where ``table`` or ``entries`` must grow.
 
     ``table`` is a hash set of pairs of clusters with a mutex. Each cluster also has a linked list of the clusters it
     excludes (``first``, ``entries``: voxel, next; ``sizes``), read through the forest, so that joining two clusters
     moves the shorter list only.
     """
-    tags = np.uint64(len(partner))
-    channel_mask = np.uint64(1)
-    while channel_mask < tags:
-        channel_mask <<= np.uint64(1)
-    if channel_mask == 1:
-        channel_mask = np.uint64(2)
-    channel_mask -= np.uint64(1)
+    channel_mask = (np.uint64(1) << np.uint64(channel_bits)) - np.uint64(1)
     place_mask = (np.uint64(1) << np.uint64(place_bits)) - np.uint64(1)
     slots = np.uint64(len(table) - 1)
     limit = len(table) // 2
@@ -317,23 +320,30 @@ def _rehash(table, larger, parents):
 
 
 @numba.njit(nogil=True, cache=True)
-def _number(parents, inside, drop_singletons, labels):
-    """Labels 1.. in raster order of first voxels; flattens the forest on the way."""
+def _mark_attracted(edges, place_bits, channel_bits, partner, attracted):
+    channel_mask = (np.uint64(1) << np.uint64(channel_bits)) - np.uint64(1)
+    place_mask = (np.uint64(1) << np.uint64(place_bits)) - np.uint64(1)
+    for index in range(len(edges)):
+        edge = np.uint64(edges[index])
+        tag = edge >> np.uint64(place_bits)
+        if tag <= channel_mask:
+            one = np.int64(edge & place_mask)
+            attracted[one] = attracted[one + partner[np.int64(tag)]] = True
+
+
+@numba.njit(nogil=True, cache=True)
+def _number(parents, kept, labels):
+    """Labels 1.. in raster order of first voxels."""
     numbers = np.zeros(len(parents), np.uint32)
-    joined = np.zeros(len(parents), np.bool_)
-    for voxel in range(len(parents)):
-        root = np.int64(voxel)
-        while parents[root] != root:
-            root = np.int64(parents[root])
-        parents[voxel] = root
-        if root != voxel:
-            joined[voxel] = joined[root] = True
     count = 0
     for voxel in range(len(parents)):
-        root = parents[voxel]
-        if not inside[voxel] or (drop_singletons and not joined[voxel]):
+        if not kept[voxel]:
             labels[voxel] = 0
             continue
+        root = np.int64(voxel)
+        while parents[root] != root:
+            parents[root] = parents[parents[root]]
+            root = np.int64(parents[root])
         if numbers[root] == 0:
             count += 1
             numbers[root] = count
