@@ -8,6 +8,8 @@ processes.
 
 import dataclasses
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -274,6 +276,35 @@ def one_crop(sampler: Sampler, rng: np.random.Generator) -> Sample:
     return sampler.make(sampler.draw(rng))
 
 
+class _Stacker:
+    """Stacks samples into batches, in memory of earlier batches that nobody holds any more.
+
+    Fresh memory for every batch costs more than all reading and augmenting (the system clears each page anew). A buffer
+    is handed out as a view, which keeps a reference to it, as does a JAX array made of the view without a copy; so a
+    buffer without references is free.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def _buffer(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        buffers = self._buffers.setdefault((shape, dtype), [])
+        for i in range(len(buffers)):
+            # References: the list, and the argument of getrefcount itself.
+            if sys.getrefcount(buffers[i]) == 2:
+                return buffers[i][:]
+        buffers.append(np.empty(shape, dtype))
+        return buffers[-1][:]
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        with self._lock:
+            batch = {
+                name: self._buffer((len(samples), *array.shape), array.dtype) for name, array in samples[0].items()
+            }
+        return {name: np.stack([sample[name] for sample in samples], out=out) for name, out in batch.items()}
+
+
 def _grey(image: np.ndarray, source: Source) -> np.ndarray:
     if source.intensity_range is None:
         if image.dtype == np.uint8:
@@ -439,7 +470,8 @@ class Loader:
         self.transport, self.split_components, self.compose = transport, split_components, compose
         self._rows = batch_size // process_count
         self._samples = grain.MapDataset.range(2**62).map(self._local_sample)
-        self._batches = self._samples.batch(self._rows)
+        self._stack = _Stacker()
+        self._batches = self._samples.batch(self._rows, batch_fn=self._stack)
 
     def sample(self, index: int) -> Sample:
         """Sample ``index`` of the endless stream, ready for transport."""
@@ -470,4 +502,6 @@ class Loader:
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Endless batches from ``start_step`` on, made ahead by threads; equal to :meth:`batch` of each step."""
         ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch * self._rows)
-        return iter(self._samples[start_step * self._rows :].to_iter_dataset(ahead).batch(self._rows))
+        return iter(
+            self._samples[start_step * self._rows :].to_iter_dataset(ahead).batch(self._rows, batch_fn=self._stack)
+        )

@@ -1,6 +1,7 @@
 """The loader: a pure function of the step, whatever the number of processes, and clear words for wrong input."""
 
 import h5py
+import jax
 import numpy as np
 import pytest
 
@@ -213,6 +214,22 @@ def test_samples_can_be_composed_of_several_crops(source):
 
     batch = Loader([source], CROP, 2, compose=two_crops).batch(0)
     assert batch["partner"].shape == batch["image"].shape
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(source):
+    loader = Loader([source], CROP, 2, CHAIN)
+    held = [loader.batch(step) for step in range(4)]
+    on_device = jax.device_put(loader.batch(4)["image"])
+    part = loader.batch(5)["labels"][1, 2:]
+    for step in range(6, 12):
+        loader.batch(step)
+    fresh = Loader([source], CROP, 2, CHAIN)
+    for step in range(4):
+        equal(held[step], fresh.batch(step))
+    np.testing.assert_array_equal(on_device, fresh.batch(4)["image"])
+    np.testing.assert_array_equal(part, fresh.batch(5)["labels"][1, 2:])
+    addresses = {loader.batch(step)["image"].ctypes.data for step in range(20, 30)}
+    assert len(addresses) == 1
 
 
 def test_the_needed_shape_is_read(source):
