@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
+from emjax import prepare
 from emjax.data import phantom
 from emjax.data.crops import split_components
 from emjax.data.volume import open_volume
@@ -132,3 +133,25 @@ def test_wrong_configurations(wrong):
 def test_wrong_format(tmp_path):
     with pytest.raises(UserError, match=r"\.zarr"):
         phantom.write_phantom(tmp_path / "p.tif", ISOTROPIC)
+
+
+def test_the_command(tmp_path, capsys):
+    arguments = [
+        "phantom",
+        "--output",
+        f"{tmp_path}/p.zarr",
+        "--shape",
+        "8,24,32",
+        "--voxel-size",
+        "16,8,8",
+        "--seed",
+        "3",
+    ]
+    assert prepare.main(arguments) == 0
+    assert "voxel size 16 x 8 x 8 nm" in capsys.readouterr().out
+    config = phantom.PhantomConfig(shape=(8, 24, 32), voxel_size=(16.0, 8.0, 8.0), seed=3)
+    np.testing.assert_array_equal(open_volume(f"{tmp_path}/p.zarr:labels")[...], phantom.make_phantom(config).labels)
+    with pytest.raises(UserError, match="overwrite"):
+        prepare.main(arguments)
+    with pytest.raises(UserError, match="--shape"):
+        prepare.main([*arguments[:3], "--shape", "8,24"])
