@@ -1,28 +1,58 @@
-"""From affinities to segments: watershed, region graph, agglomeration and their kin, in Numba, usable without the rest."""
+"""From affinities to segments: watershed, region graph, agglomeration and their kin. Needs NumPy, SciPy and Numba only."""
 
 from emjax.postprocess.agglomerate import MergeTree, Score, agglomerate, parse_score
-from emjax.postprocess.block_merge import border_affinities, block_border, merge_blocks
+from emjax.postprocess.block_merge import block_border, border_affinities, merge_blocks, merge_blocks_blockwise
+from emjax.postprocess.blockwise import (
+    Block,
+    BlockFragments,
+    FaceLinks,
+    Pending,
+    block_fragments,
+    block_graph,
+    face_links,
+    grid,
+    join_fragments,
+    label_components_blockwise,
+    segment_blockwise,
+    touching_pairs,
+    unique_ids,
+)
 from emjax.postprocess.components import connected_components, label_components
 from emjax.postprocess.region_graph import Graph, Histograms, region_graph, region_sizes
-from emjax.postprocess.relabel import apply
+from emjax.postprocess.relabel import apply, renumber
 from emjax.postprocess.size_merge import size_merge
 from emjax.postprocess.watershed import watershed
 
 __all__ = [
+    "Block",
+    "BlockFragments",
+    "FaceLinks",
     "Graph",
     "Histograms",
     "MergeTree",
+    "Pending",
     "Score",
     "agglomerate",
     "apply",
-    "border_affinities",
     "block_border",
+    "block_fragments",
+    "block_graph",
+    "border_affinities",
     "connected_components",
+    "face_links",
+    "grid",
+    "join_fragments",
     "label_components",
+    "label_components_blockwise",
     "merge_blocks",
+    "merge_blocks_blockwise",
     "parse_score",
     "region_graph",
     "region_sizes",
+    "renumber",
+    "segment_blockwise",
     "size_merge",
+    "touching_pairs",
+    "unique_ids",
     "watershed",
 ]

@@ -3,11 +3,13 @@
 AGQ (ICLR 2025), inference: block instances become fragments, and only affinities on block faces speak for a merge.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from emjax.postprocess.agglomerate import agglomerate
+from emjax.postprocess.agglomerate import MergeTree, agglomerate
+from emjax.postprocess.blockwise import block_graph, grid, label_components_blockwise
 from emjax.postprocess.components import label_components
 from emjax.postprocess.region_graph import affinity_levels, region_graph
 from emjax.postprocess.relabel import apply
@@ -96,3 +98,61 @@ def merge_blocks(
     graph = region_graph(values, parts, statistics, offsets, threads=threads)
     tree = agglomerate(graph, threshold, ties=ties, discretize_queue=discretize_queue if ties == "waterz" else 0)
     return apply(tree.cut(threshold), parts, threads=threads)
+
+
+def merge_blocks_blockwise(
+    affinities: Any,
+    labels: Any,
+    border: Any,
+    block: Sequence[int],
+    *,
+    on_border: float = 0.3,
+    elsewhere: float = 0.0,
+    threshold: float = 0.5,
+    offsets: Sequence[Sequence[int]] = NEAREST,
+    parts: Any = None,
+    out: Any = None,
+    map_: Callable[[Callable, Iterable], Iterable] = map,
+) -> tuple[Any, MergeTree]:
+    """``merge_blocks(..., ties="canonical")`` of a volume that need not fit into memory, for any block shape.
+
+    Args:
+      affinities, labels, border: as for ``merge_blocks``; arrays, or datasets that give arrays for slices.
+      block: shape of the blocks to work in, in voxels; they need not be those of the instances.
+      on_border, elsewhere, threshold, offsets: as for ``merge_blocks``.
+      parts, out: where to write the connected parts and the segmentation; default new uint32 arrays.
+      map_: as for ``segment_blockwise``.
+
+    Returns:
+      ``out`` and the merge tree.
+
+    Raises:
+      ValueError: as ``merge_blocks``.
+    """
+    volume = tuple(int(n) for n in labels.shape)
+    if tuple(affinities.shape[1:]) != volume or tuple(border.shape) != tuple(affinities.shape):
+        raise ValueError(
+            f"affinities, border and labels have shapes {tuple(affinities.shape)}, {tuple(border.shape)} and {volume}; "
+            "expected (c, z, y, x) twice and (z, y, x)"
+        )
+    parts, _ = label_components_blockwise(labels, block, 26, out=parts, map_=map_)
+    out = np.empty(volume, np.uint32) if out is None else out
+    blocks = list(grid(volume, block).values())
+
+    def measure(one):
+        box = one.with_halo(1, 0)
+        lead = tuple(int(a < b) for a, b in zip(box.start, one.start))
+        where = (slice(None), *box.slices)
+        values = border_affinities(np.asarray(affinities[where]), np.asarray(border[where]), on_border, elsewhere)
+        return block_graph(values, np.asarray(parts[box.slices]), lead, ("mean",), offsets)
+
+    first, *others = map_(measure, blocks)
+    tree = agglomerate(first.merge(*others), threshold)
+    segments = tree.cut()
+
+    def relabel(one):
+        out[one.slices] = apply(segments, np.asarray(parts[one.slices]))
+
+    for _ in map_(relabel, blocks):
+        pass
+    return out, tree

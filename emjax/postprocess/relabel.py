@@ -50,3 +50,57 @@ def apply(lut: np.ndarray, labels: np.ndarray, out: np.ndarray | None = None, *,
     if wrong:
         raise ValueError(f"labels holds the id {flat[wrong[0]]}; lut has {lut.size} entries: expected smaller ids")
     return out
+
+
+@njit(nogil=True, cache=True)
+def _renumber(labels, out, table, ids, limit):
+    """Numbers labels 1, 2, ... as they come; stops at ``limit`` different ones. Returns (labels done, how many ids)."""
+    mask = np.uint64(table.shape[0] - 1)
+    count = np.int64(0)
+    previous = labels.dtype.type(0)
+    number = np.uint32(0)
+    for i in range(labels.size):
+        label = labels[i]
+        if label != previous:
+            previous = label
+            number = np.uint32(0)
+            if label != 0:
+                mixed = np.uint64(label) * np.uint64(0x9E3779B97F4A7C15)
+                slot = (mixed ^ (mixed >> np.uint64(32))) & mask
+                while table[slot] != 0 and ids[table[slot]] != label:
+                    slot = (slot + np.uint64(1)) & mask
+                if table[slot] == 0:
+                    if count == limit:
+                        return i, count
+                    count += 1
+                    table[slot] = count
+                    ids[count] = label
+                number = table[slot]
+        out[i] = number
+    return labels.size, count
+
+
+def renumber(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as 1, 2, ... in order of their first voxel, and what each of them was.
+
+    Args:
+      labels: whole numbers, any shape; 0 stays 0.
+
+    Returns:
+      uint32 of the shape of ``labels``, and (n + 1,) ids of the dtype of ``labels``, so that ``ids[new]`` is ``labels``.
+
+    Raises:
+      ValueError: not whole numbers, negative ones, or an axis of length zero.
+    """
+    labels = check_labels(labels, "labels", ndim=None)
+    flat = labels.reshape(-1)
+    out = np.empty(flat.size, np.uint32)
+    # Large enough for most volumes of fragments; if not, started again with a table four times the size.
+    limit = min(flat.size, max(1024, flat.size // 16))
+    while True:
+        ids = np.zeros(limit + 1, labels.dtype)
+        table = np.zeros(1 << max(4, (2 * limit).bit_length()), np.uint32)
+        done, count = _renumber(flat, out, table, ids, limit)
+        if done == flat.size:
+            return out.reshape(labels.shape), ids[: count + 1].copy()
+        limit = min(flat.size, 4 * limit)

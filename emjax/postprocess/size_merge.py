@@ -72,7 +72,9 @@ def size_merge(
             raise ValueError(f"weights is {weights!r}; expected 'mean', 'max', 'running_mean' or an array")
         values = getattr(graph, weights)
         if values is None:
-            raise ValueError(f"graph lacks {weights!r}; make it with region_graph(..., statistics=({weights!r}, 'size'))")
+            raise ValueError(
+                f"graph lacks {weights!r}; make it with region_graph(..., statistics=({weights!r}, 'size'))"
+            )
     else:
         values = np.asarray(weights)
     if values.shape != graph.count.shape:
