@@ -334,7 +334,7 @@ class MaskedBatchNorm(nnx.Module):
         seen = jnp.any(count > 0)
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             moved = (1 - self.momentum) * running[...] + self.momentum * average(new)
-            running[...] = jnp.where(seen, moved, running[...])
+            running.set_value(jnp.where(seen, moved, running[...]))
         return mean, var
 
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
