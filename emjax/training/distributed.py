@@ -24,9 +24,9 @@ def _in_cluster() -> bool:
 def connect() -> None:
     """Joins the processes of a run, where there are several.
 
-    Either the three variables ``EMJAX_COORDINATOR`` (host:port), ``EMJAX_PROCESS_COUNT`` and ``EMJAX_PROCESS_INDEX`` say
-    so (``train/launch.py`` and the Kubernetes recipe set them), or JAX recognises a SLURM step, a TPU pod slice or Open
-    MPI by itself. Raises ``UserError`` if only some of the variables are set.
+    Either the three variables ``EMJAX_COORDINATOR`` (host:port), ``EMJAX_PROCESS_COUNT`` and ``EMJAX_PROCESS_INDEX``
+    say so (``train/launch.py`` and the Kubernetes recipe set them), or JAX recognises a SLURM step, a TPU pod slice or
+    Open MPI by itself. Raises ``UserError`` if only some of the variables are set.
     """
     given = [name for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)]
     if len(given) == 3:
@@ -41,8 +41,8 @@ def connect() -> None:
 def use_cpu_devices(count: int, batch: int) -> None:
     """Splits the host into several CPU devices, one per core unless told otherwise, as far as ``batch`` divides.
 
-    XLA's CPU convolutions run on one core each; data parallelism over cores is what uses the others. Without effect where
-    an accelerator is the default, and where XLA_FLAGS already says how many.
+    XLA's CPU convolutions run on one core each; data parallelism over cores is what uses the others. Without effect
+    where an accelerator is the default, and where XLA_FLAGS already says how many.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

@@ -105,7 +105,7 @@ def make_train_step(config: Experiment, network: Definition) -> Callable[[State,
         key = jax.random.fold_in(key, state["step"])
         chosen, frozen = split_trainable(config, state["params"])
         scalars, batch_stats, gradient = gradients(chosen, frozen, state, batch, key)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(scalars["loss"]) & jnp.isfinite(gradient_norm)
         updates, opt_state = optimizer.update(gradient, state["opt_state"], chosen)
         updated = optax.apply_updates(chosen, updates)
@@ -128,8 +128,8 @@ def make_train_step(config: Experiment, network: Definition) -> Callable[[State,
         }
         scalars |= {
             "gradient_norm": gradient_norm,
-            "update_norm": optax.global_norm(updates),
-            "parameter_norm": optax.global_norm(updated),
+            "update_norm": optax.tree.norm(updates),
+            "parameter_norm": optax.tree.norm(updated),
             "learning_rate": rate(state["step"]),
             "skipped": new["skipped"],
         }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from emjax.models.layers import conv
 from emjax.models.layers.conv import _native, conv3d, depthwise_conv3d, same_pads, upconv3d
 from emjax.models.layers.interpolate import max_pool, resize_linear, upsample_linear
 
@@ -23,6 +24,11 @@ CASES = [
 
 def _random(*shape):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def planewise_for_all_sizes(monkeypatch):
+    monkeypatch.setattr(conv, "SMALL", 0)
 
 
 @pytest.mark.parametrize(("kernel_size", "strides"), CASES)

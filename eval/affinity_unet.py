@@ -1,0 +1,156 @@
+"""Scores an affinity network on a validation volume, and writes the table of results.
+
+    python eval/affinity_unet.py fib25 --workdir runs/fib25_cpu
+    python eval/affinity_unet.py isbi2012 --workdir runs/isbi2012_cpu
+
+Predicts ``val.h5`` with test-time flips, makes fragments, and sweeps the agglomeration threshold by cutting the merge
+history. Scores are given for all ground truth and without the doubtful residual body (``ignore_mask``, where the set
+has one), predicted zeros filled with the nearest segment. The threshold is chosen on this very volume: it is the validation
+part, and the test part is kept back. Data: ``EMJAX_DATA`` (default ``../shared/data``).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+
+import numpy as np
+
+from emjax import segment
+from emjax.config import Experiment, from_json
+from emjax.data.volume import open_volume
+from emjax.inference.segmentation import Places, load_merges, lookup_at
+from emjax.metrics import Scores, fill_unlabelled, score
+from emjax.postprocess import apply
+
+SETS = {"fib25": "fib25_medulla", "isbi2012": "isbi2012_vnc"}
+SCORES = ("mean", "hist_quant_50", "hist_quant_75")
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+
+
+def machine() -> str:
+    """The processor and the number of cores, in words."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {name}"
+
+
+def read(spec: str) -> np.ndarray:
+    return np.asarray(open_volume(spec)[:, :, :])
+
+
+def filled_scores(segmentation, labels, mask, voxel_size) -> Scores:
+    return score(fill_unlabelled(segmentation, voxel_size), labels, mask)
+
+
+def row(name: str, scores: Scores) -> str:
+    return (
+        f"| {name} | {scores.voi_split:.3f} | {scores.voi_merge:.3f} | **{scores.voi_sum:.3f}** | "
+        f"{scores.arand_skimage:.3f} | {scores.segments} |"
+    )
+
+
+def training_summary(workdir: pathlib.Path, config: Experiment) -> str:
+    """Steps, voxels seen, and the last validation loss of a run."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = max(record["step"] for record in records)
+    seen = last * config.data.batch_size * np.prod(config.data.crop) / 1e9
+    losses = [record["loss"] for record in records if record["kind"] == "validation"]
+    return (
+        f"{last} steps of {config.data.batch_size} crops {config.data.crop} ({seen:.2f} GVox), "
+        f"validation loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=sorted(SETS))
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--name", default="affinity_unet", help="of the results file: eval/results/NAME_SET.md")
+    parser.add_argument("--flips", default="zyx", help="axes of the test-time flips; none for no flips")
+    parser.add_argument("--training", default="", help="a sentence on how the run was made, for the results file")
+    options = parser.parse_args()
+    file = f"{os.environ.get('EMJAX_DATA', '../shared/data')}/{SETS[options.set]}/val.h5"
+    config = from_json((options.workdir / "config.json").read_text())
+    voxel_size = config.system.voxel_size
+    labels = read(f"{file}:labels")
+    masked = options.set == "fib25"
+    kept = read(f"{file}:ignore_mask") == 0 if masked else None
+    folder = options.workdir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    best: dict[str, tuple[float, Scores]] = {}
+    curves = []
+    start = time.monotonic()
+    for kind in SCORES:
+        output = folder / f"labels_{kind}.zarr"
+        arguments = ["--checkpoint", str(options.workdir), "--input", f"{file}:raw", "--output", str(output)]
+        arguments += ["--score", kind, "--history", "0.95", "--threshold", "0.5", "--overwrite"]
+        arguments += [] if options.flips == "none" else ["--flips", options.flips]
+        segment.main(arguments)
+        places = Places(str(output))
+        fragments, merges = read(places.fragments), load_merges(places.merges)
+        for threshold in THRESHOLDS:
+            scores = filled_scores(apply(lookup_at(merges, threshold), fragments), labels, None, voxel_size)
+            curves.append((kind, threshold, scores))
+            if kind not in best or scores.voi_sum < best[kind][1].voi_sum:
+                best[kind] = (threshold, scores)
+    seconds = time.monotonic() - start
+    chosen = min(best, key=lambda kind: best[kind][1].voi_sum)
+    threshold = best[chosen][0]
+    places = Places(str(folder / f"labels_{chosen}.zarr"))
+    segmentation = apply(lookup_at(load_merges(places.merges), threshold), read(places.fragments))
+    head = "| | VOI split | VOI merge | VOI (bits) | ARAND | segments |\n|---|---|---|---|---|---|"
+    lines = [
+        f"# {options.name} on {SETS[options.set]}/val.h5",
+        "",
+        f"Command: `python {shlex.join(['eval/affinity_unet.py', *sys.argv[1:]])}`",
+        "",
+        f"Machine: {machine()}. Training: {training_summary(options.workdir, config)}. {options.training}",
+        f"Prediction (flips: {options.flips}), fragments and {len(SCORES)} agglomerations: {seconds:.0f} s.",
+        "",
+        "VOI in bits, ARAND as scikit-image defines it, ground truth 0 not scored, predicted zeros filled with the "
+        "nearest segment. The threshold and the linkage are chosen on this volume.",
+        "",
+        "## All ground truth",
+        "",
+        head,
+    ]
+    for kind in SCORES:
+        lines.append(
+            row(f"{kind}, threshold {best[kind][0]:g}" + (" (chosen)" if kind == chosen else ""), best[kind][1])
+        )
+    lines.append(row("fragments, not agglomerated", filled_scores(read(places.fragments), labels, None, voxel_size)))
+    shipped = read(f"{file}:overseg") if masked else None
+    if shipped is not None:
+        lines.append(row("shipped over-segmentation", filled_scores(shipped, labels, None, voxel_size)))
+    if kept is not None:
+        lines += ["", "## Without the doubtful residual body (`ignore_mask`)", "", head]
+        lines.append(row(f"{chosen}, threshold {threshold:g}", filled_scores(segmentation, labels, kept, voxel_size)))
+        lines.append(row("shipped over-segmentation", filled_scores(shipped, labels, kept, voxel_size)))
+    lines += ["", "## Threshold curve", "", "| linkage | threshold | VOI split | VOI merge | VOI (bits) | ARAND |"]
+    lines.append("|---|---|---|---|---|---|")
+    lines += [
+        f"| {kind} | {value:g} | {scores.voi_split:.3f} | {scores.voi_merge:.3f} | {scores.voi_sum:.3f} | "
+        f"{scores.arand_skimage:.3f} |"
+        for kind, value, scores in curves
+        if kind == chosen
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{options.name}_{options.set}.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
