@@ -1,4 +1,4 @@
-"""``python -m emjax.status RUN``: how far a prediction or block-wise segmentation is, from its ledger beside the data."""
+"""``python -m emjax.status RUN``: how far a prediction is, from the ledger beside its output."""
 
 import time
 
@@ -17,7 +17,7 @@ def stage_lines(location: str, stage: str, facts: dict, now: float) -> tuple[lis
         elapsed = max(state.last - state.first, 1e-6)
         rate = state.voxels / elapsed / 1e6
         hosts = ", ".join(state.hosts)
-        lines.append(f"  {state.voxels / 1e6:.1f} MVox in {duration(elapsed)}, {rate:.2f} MVox/s, on {hosts}")
+        lines.append(f"  {state.voxels / 1e6:.1f} MVox in {duration(elapsed)}, {rate:.3g} MVox/s, on {hosts}")
         lines.append(f"  last block {duration(max(now - state.last, 0))} ago")
         left = int(facts["voxels"]) - state.voxels
         if left > 0 and rate:

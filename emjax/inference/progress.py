@@ -50,7 +50,7 @@ class ProgressLine:
         rate = self._count / elapsed
         left = (self.total - self._count) / rate if rate else 0.0
         share = (self.before + self._count) / max(self.before + self.total, 1)
-        return f"{self.title}: {share:4.0%}  {rate / 1e6:.2f} MVox/s  {duration(max(left, 0))} left"
+        return f"{self.title}: {share:4.0%}  {rate / 1e6:.3g} MVox/s  {duration(max(left, 0))} left"
 
     def _print(self, line: str) -> None:
         print(
@@ -61,7 +61,7 @@ class ProgressLine:
         """The last line: how much, in what time."""
         elapsed = max(time.monotonic() - self._start, 1e-6)
         done, rate = self._count / 1e6, self._count / elapsed / 1e6
-        text = f"{self.title}: {done:.2f} MVox in {duration(elapsed)}, {rate:.2f} MVox/s"
+        text = f"{self.title}: {done:.2f} MVox in {duration(elapsed)}, {rate:.3g} MVox/s"
         self._print(text + note)
         if self.in_place:
             print(file=self.stream, flush=True)
