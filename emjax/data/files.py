@@ -1,12 +1,14 @@
 """Volumes in single files and in folders of sections: HDF5, TIFF, PNG and NumPy."""
 
 import contextlib
+import errno
 import functools
 import glob
 import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,8 +46,10 @@ class HDF5Source:
 
     def __init__(self, path: str, dataset: str, *, writable: bool = False):
         self.path, self.dataset, self.writable = path, dataset, writable
+        self.where = f"{path}:{dataset}"
         self._lock = threading.Lock()
         self._file: h5py.File | None = None
+        self._node: h5py.Dataset | None = None
         self._opened_by = -1
         array = self._array()
         self.shape = tuple(int(n) for n in array.shape)
@@ -54,7 +58,7 @@ class HDF5Source:
         self.shards = array.chunks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_lock": None}
+        return {**self.__dict__, "_file": None, "_node": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -64,25 +68,35 @@ class HDF5Source:
         if self._file is None or self._opened_by != os.getpid():
             self._file = open_hdf5(self.path, "r+" if self.writable else "r")
             self._opened_by = os.getpid()
-        return self._file[self.dataset]
+            self._node = None
+        if self._node is None:
+            self._node = self._file[self.dataset]
+        return self._node
 
     def read(self, box: Box) -> np.ndarray:
-        with self._lock, one_line(f"cannot read {self.path}:{self.dataset} at {describe_box(box)}"):
+        with self._lock, one_line(f"cannot read {self.where} at {describe_box(box)}"):
             block = self._array()[box]
         return block.astype(self.dtype, copy=False)
 
     def write(self, box: Box, array: np.ndarray) -> None:
-        with self._lock, one_line(f"cannot write {self.path}:{self.dataset} at {describe_box(box)}"):
-            self._array()[box] = array
+        with self._lock, one_line(f"cannot write {self.where} at {describe_box(box)}"):
+            # After a write that finds no room HDF5 loses data silently and may crash; it must never come to that.
+            free = shutil.disk_usage(os.path.dirname(os.path.abspath(self.path))).free
+            if free < array.nbytes + (1 << 20):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            node = self._array()
+            node[box] = array
+            node.file.flush()
 
     def close(self) -> None:
         """Write everything to disk and close the file."""
         with self._lock:
             if self._file is not None and self._opened_by == os.getpid():
-                with one_line(f"cannot write {self.path}"):
+                with one_line(f"cannot write {self.where}"):
                     self._file.flush()
+                    self._node = None
                     self._file.close()
-            self._file = None
+            self._file = self._node = None
 
 
 def open_hdf5(path: str, mode: str = "r") -> h5py.File:

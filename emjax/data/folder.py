@@ -31,6 +31,9 @@ def reason(error: BaseException) -> str:
     """The message of a TensorStore, HDF5 or system error, without the specifications that TensorStore appends."""
     if isinstance(error, OSError) and error.strerror and error.args[1:2] != ("",):
         return error.strerror
+    driver = re.search(r"errno = (\d+), error message", str(error))
+    if driver:
+        return os.strerror(int(driver[1]))
     text = re.split(r" \[(?:tensorstore_spec|source locations|http_response_code|domain)=?", str(error))[0]
     return " ".join(text.split())[:300] or type(error).__name__
 

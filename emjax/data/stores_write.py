@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,6 +127,28 @@ def clear_for(location: str, overwrite: bool) -> None:
     folder.remove()
 
 
+def first_missing(location: str, dataset: str | None) -> str | None:
+    """The outermost folder that creating ``dataset`` in the container ``location`` will make; None if all are there."""
+    parts = [part for part in (dataset or "").split("/") if part]
+    for depth in range(len(parts) + 1):
+        if not exists(join(location, *parts[:depth])):
+            return join(location, *parts[:depth])
+    return None
+
+
+def remove_unfinished(location: str | None) -> None:
+    """Remove a local store of ours that failed, together with what writes in flight still bring."""
+    if location is None or is_remote(location):
+        return
+    absent = 0
+    for _ in range(100):
+        absent = 0 if os.path.exists(location) else absent + 1
+        if absent == 3:
+            return
+        shutil.rmtree(location, ignore_errors=True)
+        time.sleep(0.05)
+
+
 def create_zarr(
     location: str,
     dataset: str | None,
@@ -145,7 +168,7 @@ def create_zarr(
     clear_for(node_location, overwrite)
     if version == 2 and shards is not None:
         raise UserError(f"{location}: Zarr 2 has no shards; leave them out or write Zarr 3")
-    fresh = not exists(node_location)
+    fresh = first_missing(location, dataset)
     axes = "czyx" if len(shape) == 4 else "zyx"
     try:
         _create_groups(location, dataset, version)
@@ -155,8 +178,7 @@ def create_zarr(
         write_group(node, version, {**attributes, MARKER: {"complete": False, "axes": axes}}, image)
         create_array(node.child("0"), zarr_array_spec(version, shape, dtype, axes, chunks, shards))
     except UserError:
-        if fresh and not is_remote(node_location):
-            shutil.rmtree(node_location, ignore_errors=True)
+        remove_unfinished(fresh)
         raise
 
 
@@ -212,7 +234,7 @@ def create_n5(
     """Create an N5 dataset (x, y, z on disk; attributes x, y, z), marked unfinished."""
     node_location = join(location, dataset) if dataset else location
     clear_for(node_location, overwrite)
-    fresh = not exists(node_location)
+    fresh = first_missing(location, dataset)
     axes = "xyzc"[: len(shape)]
     try:
         if dataset:
@@ -239,8 +261,7 @@ def create_n5(
         written[MARKER] = {"complete": False, "axes": "czyx"[4 - len(shape) :], "attributes": dict(attributes)}
         node.write_json("attributes.json", written)
     except UserError:
-        if fresh and not is_remote(node_location):
-            shutil.rmtree(node_location, ignore_errors=True)
+        remove_unfinished(fresh)
         raise
 
 
@@ -289,7 +310,7 @@ def create_precomputed(
             f"{location}: precomputed volumes start at a whole voxel, but the offset {offset} nm is {tuple(corner)} "
             "voxels"
         )
-    fresh = not exists(location)
+    fresh = first_missing(location, None)
     scale = _precomputed_scale(
         shape[-3:], [round(c) for c in corner], voxel_size, chunks[-3:], encoding == "compressed_segmentation"
     )
@@ -305,8 +326,7 @@ def create_precomputed(
         info[MARKER] = {"complete": False, "axes": "czyx"[4 - len(shape) :], "attributes": dict(attributes)}
         folder.write_json("info", info)
     except UserError:
-        if fresh and not is_remote(location):
-            shutil.rmtree(location, ignore_errors=True)
+        remove_unfinished(fresh)
         raise
 
 

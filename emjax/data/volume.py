@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from emjax.data import files, ome, stores, stores_write
-from emjax.data.folder import is_remote, join, one_line
+from emjax.data.folder import join, one_line
 from emjax.data.location import STORES, Location, locate, output_location
 from emjax.data.sources import (
     ChunkCache,
@@ -337,7 +337,7 @@ def _arrange(name: str, opened: Opened, axes: str | None) -> Volume:
 class _Output:
     """What remains to be done to a volume being written: a single file gets its name only when it is whole."""
 
-    def __init__(self, path: str, temporary: str | None = None, source: Any = None, fresh: bool = False):
+    def __init__(self, path: str, temporary: str | None = None, source: Any = None, fresh: str | None = None):
         self.path, self.temporary, self.source, self.fresh = path, temporary, source, fresh
         self._cleanup = weakref.finalize(self, _forget, temporary) if temporary else None
 
@@ -360,8 +360,8 @@ class _Output:
             with contextlib.suppress(UserError):
                 self.source.close()
             self._cleanup()
-        elif self.fresh and not is_remote(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
+        elif self.fresh:
+            stores_write.remove_unfinished(self.fresh)
 
 
 def _forget(path: str) -> None:
@@ -429,7 +429,7 @@ def create_volume(
     if shards is not None and place.kind != "zarr" and tuple(shards) != pieces:
         raise UserError(f"{name}: shards are a matter of Zarr 3; leave them out")
     node = join(place.path, place.dataset) if place.dataset else place.path
-    fresh = not stores_write.exists(node)
+    fresh = stores_write.first_missing(place.path, place.dataset) or (node if overwrite else None)
     shared: dict[str, Any] = {**geometry, "chunks": pieces, "overwrite": overwrite}
     if place.kind == "precomputed":
         stores_write.create_precomputed(place.path, lengths, kind, encoding=encoding, **shared)
@@ -446,7 +446,7 @@ def create_volume(
             whole_shards = None
         stores_write.create_zarr(place.path, place.dataset, version, lengths, kind, shards=whole_shards, **shared)
     opened = open_volume(name if place.kind != "precomputed" else f"precomputed://{place.path}", writable=True)
-    return dataclasses.replace(opened, spec=name, output=_Output(node, fresh=fresh or overwrite))
+    return dataclasses.replace(opened, spec=name, output=_Output(node, fresh=fresh))
 
 
 def _create_file(
@@ -481,8 +481,12 @@ def _create_file(
                 shutil.copyfile(path, temporary)
         if place.kind == "hdf5":
             source: Any = files.create_hdf5(temporary, place.dataset or "main", shape, dtype, chunks=chunks, **geometry)
+            source.where = name
         else:
             source = files.create_tiff(temporary, shape, dtype, **geometry)
+    except UserError as error:
+        _forget(temporary)
+        raise UserError(str(error).replace(temporary, path)) from None
     except BaseException:
         _forget(temporary)
         raise
