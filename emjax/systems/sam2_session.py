@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,7 +131,7 @@ class Network:
         return empty_memory(self._definition.bind(self.variables), self.options, objects, conditioning, grid)
 
 
-def _padded(conditioning: int) -> int:
+def padded_count(conditioning: int) -> int:
     """Places for conditioning slices in powers of two, so that few shapes are compiled."""
     return 1 << max(0, conditioning - 1).bit_length()
 
@@ -209,7 +209,7 @@ class ImagePredictor:
 
 
 @dataclasses.dataclass
-class _Record:
+class Record:
     """What is known of one object on one slice."""
 
     low: np.ndarray
@@ -217,6 +217,21 @@ class _Record:
     score: float
     iou: float
     features: np.ndarray | None = None
+
+
+def conditioning_memory(
+    network: Network, grid: tuple[int, int], prompted: Sequence[Mapping[int, Record]], places: int
+) -> Memory:
+    """The memory of objects with given conditioning slices (by slice number) and nothing recent."""
+    memory = jax.tree.map(np.array, network.empty_memory(len(prompted), places, grid))
+    for row, records in enumerate(prompted):
+        for place, (z, record) in enumerate(records.items()):
+            memory.prompted[row, place] = z
+            memory.prompted_features[row, place] = record.features
+            memory.prompted_pointers[row, place] = record.pointer
+            memory.prompted_low[row, place] = record.low
+            memory.prompted_scores[row, place] = record.score
+    return jax.tree.map(jnp.asarray, memory)
 
 
 class _Trail:
@@ -228,7 +243,7 @@ class _Trail:
         self._file = os.open(folder / name, os.O_RDWR | os.O_CREAT)
         self.slices: set[int] = set()
 
-    def __setitem__(self, z: int, record: _Record) -> None:
+    def __setitem__(self, z: int, record: Record) -> None:
         assert record.features is not None
         parts = [
             np.asarray(record.features).astype(ml_dtypes.bfloat16),
@@ -239,14 +254,14 @@ class _Trail:
         os.pwrite(self._file, b"".join(part.tobytes() for part in parts), z * sum(self._sizes))
         self.slices.add(z)
 
-    def __getitem__(self, z: int) -> _Record:
+    def __getitem__(self, z: int) -> Record:
         data = os.pread(self._file, sum(self._sizes), z * sum(self._sizes))
         cuts = np.cumsum([0, *self._sizes])
         parts = [data[a:b] for a, b in itertools.pairwise(cuts)]
         score, iou = np.frombuffer(parts[3], np.float32)
         features = np.frombuffer(parts[0], ml_dtypes.bfloat16).reshape(self._shape)
         low = np.frombuffer(parts[1], np.float32).reshape(self._low)
-        return _Record(low, np.frombuffer(parts[2], np.float32), float(score), float(iou), features)
+        return Record(low, np.frombuffer(parts[2], np.float32), float(score), float(iou), features)
 
     def discard(self, z: int) -> None:
         self.slices.discard(z)
@@ -261,7 +276,7 @@ class _Object:
     whether they become conditioning slices; ``points``: clicks by slice; ``direction``: how a slice was tracked."""
 
     tracked: _Trail
-    prompted: dict[int, _Record] = dataclasses.field(default_factory=dict)
+    prompted: dict[int, Record] = dataclasses.field(default_factory=dict)
     pending: dict[int, tuple[Heads, bool]] = dataclasses.field(default_factory=dict)
     points: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     direction: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -344,15 +359,10 @@ class Session:
     def _memory(self, numbers: list[int], z: int, direction: int) -> Memory:
         """The fixed-size memory of objects as they reach slice ``z``."""
         objects = [self._objects[number] for number in numbers]
-        places = _padded(max((len(one.prompted) for one in objects), default=1))
-        memory = jax.tree.map(np.array, self.network.empty_memory(len(objects), places, self.grid))
+        places = padded_count(max((len(one.prompted) for one in objects), default=1))
+        memory = conditioning_memory(self.network, self.grid, [one.prompted for one in objects], places)
+        memory = jax.tree.map(np.array, memory)
         for row, one in enumerate(objects):
-            for place, (known, record) in enumerate(one.prompted.items()):
-                memory.prompted[row, place] = known
-                memory.prompted_features[row, place] = record.features
-                memory.prompted_pointers[row, place] = record.pointer
-                memory.prompted_low[row, place] = record.low
-                memory.prompted_scores[row, place] = record.score
             reach = max(memory.recent.shape[1], memory.pointed.shape[1])
             for distance in range(1, reach + 1):
                 behind = z - direction * distance
@@ -433,7 +443,7 @@ class Session:
         for one in self._objects.values():
             for z, (heads, conditioning) in one.pending.items():
                 made = self.network.remember_prompted(self._features(z), heads)
-                record = _Record(
+                record = Record(
                     *(np.asarray(x[0]) for x in (heads.low, made.pointer)),
                     float(made.score[0]),
                     float(made.iou[0]),
@@ -474,7 +484,7 @@ class Session:
                 one = self._objects[number]
                 one.direction[z] = direction
                 if z not in one.prompted:
-                    one.tracked[z] = _Record(
+                    one.tracked[z] = Record(
                         fill_holes(np.asarray(found.low[0, row]), self.holes),
                         np.asarray(found.pointer[0, row]),
                         float(found.score[0, row]),

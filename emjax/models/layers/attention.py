@@ -23,10 +23,12 @@ def _scores_times_values(query: jax.Array, key: jax.Array, value: jax.Array, mas
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    if mask is not None:
+        peak = jnp.maximum(peak, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (out / total).astype(value.dtype)
+    return (out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(value.dtype)
 
 
 def _chunk(queries: int, keys: int, rest: int) -> int:
@@ -49,7 +51,7 @@ def attend(
     """softmax(q k^T / sqrt(d)) v with the heads before the tokens.
 
     ``query`` (..., tokens, d), ``key`` and ``value`` (..., keys, d); ``mask`` is boolean, broadcastable to
-    (..., tokens, keys), True where a key counts; every query must keep at least one key. The softmax is in float32.
+    (..., tokens, keys), True where a key counts; a query without any gives zeros. The softmax is in float32.
     ``implementation``: ``cudnn`` (fused, half precision on NVIDIA), ``xla``, or ``auto``, which takes the fused one
     where it fits. Raises ``ValueError`` for another name.
     """
