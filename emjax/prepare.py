@@ -124,7 +124,7 @@ def _window(volume: Volume, text: str | None) -> Volume:
         raise UserError(f"--window {text}: expected auto, or two rising grey values such as 0,4095") from None
 
 
-def _finish(path: str, summary: Summary, pyramid: bool, method: str) -> None:
+def _finish(path: str, summary: Summary, pyramid: bool, method: str | None) -> None:
     print("\n".join(summary.lines()))
     if pyramid:
         shapes = write_pyramid(path, method=method)
@@ -429,8 +429,7 @@ def prepare_volume(arguments: list[str]) -> int:
         summary = copy_labels(volume, options.output, mask, **chosen)
     else:
         summary = copy_volume(_window(volume, options.window), options.output, **chosen)
-    method = "mode" if options.labels or volume.attributes.get("type") == "segmentation" else "mean"
-    _finish(options.output, summary, options.pyramid, method)
+    _finish(options.output, summary, options.pyramid, "mode" if options.labels else None)
     return cli.DONE
 
 

@@ -193,7 +193,26 @@ def _zarr_keys(folder: Folder, metadata: Mapping[str, Any]) -> list[str]:
     entries = consolidated.get("metadata") or {}
     keys = [key.removesuffix("/.zarray") for key in entries if key.endswith("/.zarray")]
     keys += [key for key, node in entries.items() if isinstance(node, Mapping) and node.get("node_type") == "array"]
-    return sorted(keys) or _walk(folder, lambda child: zarr_node(child)[0] == "array")
+    return sorted(keys) or _walk_zarr(folder)
+
+
+def _walk_zarr(folder: Folder, depth: int = 5) -> list[str]:
+    """Arrays and multiscale images under a local group; the levels of an image are not listed one by one."""
+    if folder.spec["driver"] != "file":
+        return []
+    multiscale = ome.multiscales_of(zarr_node(folder)[1])
+    levels = set(ome.level_paths(multiscale)) if multiscale else set()
+    found: list[str] = []
+    for name in sorted(os.listdir(folder.spec["path"])):
+        if name in levels or not os.path.isdir(os.path.join(folder.spec["path"], name)):
+            continue
+        child = folder.child(name)
+        kind, attributes, _ = zarr_node(child)
+        if kind == "array" or ome.multiscales_of(attributes):
+            found.append(name)
+        if kind != "array" and depth:
+            found += [f"{name}/{key}" for key in _walk_zarr(child, depth - 1)]
+    return found
 
 
 def _walk(folder: Folder, is_array: Callable[[Folder], bool], depth: int = 5) -> list[str]:

@@ -188,6 +188,13 @@ def test_affinities_of_another_convention(tmp_path, memory):
     assert not (tmp_path / "w.zarr").exists()
 
 
+def test_levels_of_ids_are_never_averaged(tmp_path):
+    ids = sample((4, 80, 80), np.uint32, 2) * 1000
+    save_volume(tmp_path / "a.zarr", ids, voxel_size=(40, 4, 4))
+    run("volume", "--input", tmp_path / "a.zarr", "--output", f"precomputed://{tmp_path}/p", "--pyramid")
+    assert set(np.unique(open_volume(f"precomputed://{tmp_path}/p:1")[...])) <= {0, 1000}
+
+
 def test_pyramid_command(tmp_path, capsys):
     save_volume(tmp_path / "a.zarr", sample((10, 100, 100)), voxel_size=(40, 4, 4))
     run("pyramid", "--input", tmp_path / "a.zarr")
