@@ -119,9 +119,8 @@ def test_two_outputs_are_two_images(tmp_path):
     image = image_of((8, 12, 12))
     with pytest.raises(UserError):
         predicted(tmp_path, image, kind="two")
-    both = {
-        name: open_volume(f"{tmp_path}/out.zarr:{name}", allow_incomplete=True) for name in ("affinities", "foreground")
-    }
+    names = ("affinities", "foreground")
+    both = {name: open_volume(f"{tmp_path}/out.zarr:{name}", allow_incomplete=True) for name in names}
     np.testing.assert_array_equal(both["affinities"][0], both["foreground"][...].reshape(image.shape))
 
 
