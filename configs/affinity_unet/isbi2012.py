@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> Experiment:
         system=dataclasses.replace(full.system, model=model),
         data=dataclasses.replace(full.data, batch_size=2, threads=2),
         optimizer=Optimizer(lr=2e-3, warmup_steps=30),
-        train=Train(steps=300, ema=0.98, log_every=10, validate_every=100, save_every=50),
+        train=Train(steps=200, ema=0.97, log_every=10, validate_every=100, save_every=50),
     )
     if variant == "cpu":
         return cpu
