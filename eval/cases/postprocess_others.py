@@ -100,6 +100,9 @@ def _mutex_watershed(path: pathlib.Path) -> Iterator[Row]:
             bias=0.5,
             drop_isolated=signed,
         )
+        if signed and arrays[array][0, 0, 0] == 0:
+            # mwatershed numbers a segment by the place of its root: the one rooted at the first voxel is 0 as well.
+            segmentation = np.where(segmentation == segmentation[0, 0, 0], 0, segmentation)
         yield _same_partition(array, segmentation, arrays[array])
         if match[3]:
             yield exact(f"{array}, background", segmentation == 0, arrays[array] == 0)
