@@ -23,9 +23,8 @@ MERGED = np.uint8(4)
 
 # A canonical score in [0, 2) is ordered by its first 31 binary places.
 KEY_SCALE = 2.0**31
-QUEUE_SHIFT = 17
 # A node with more neighbours than this has its edges in a hash table.
-HUB = 128
+HUB = 256
 # Half-edges are numbered by uint32.
 LARGEST_EDGES = 2**31 - 1
 LARGEST_QUEUE = 2**16
@@ -328,12 +327,14 @@ def _tidy(node, turn, begin, around, fill, chain, tail, parent, flags, mark):
 @njit(nogil=True, cache=True)
 def _merge(
     e, turn, uv, begin, around, fill, chain, tail, degree, parent, name, hub, mark, table, used,
-    flags, key, kind, ours, count, total, value, runs_chain, runs_last,
+    flags, key, kind, ours, count, total, value, runs_chain, runs_last, touched,
 ):  # fmt: skip
     """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names.
 
-    Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up.
+    Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up. With ``ours``,
+    lists in ``touched`` the edges that now stand for two, and returns how many.
     """
+    changed = 0
     big = _root(parent, uv[e, 0])
     small = _root(parent, uv[e, 1])
     if degree[big] < degree[small]:
@@ -376,7 +377,9 @@ def _merge(
                     _insert(table, used, uv, parent, hub, flags, big, other, f)
                 continue
             if ours:
-                keep_f = key[f] < key[g] or (key[f] == key[g] and f < g)
+                # Of two keys (score, edge number), sum and larger number make one that is never below both, and does not
+                # depend on the order in which edges are joined: so neither does the tree.
+                keep_f = f > g
             elif big_first:
                 keep_f = not key[f] > key[g]
             else:
@@ -385,6 +388,10 @@ def _merge(
             lost = g if keep_f else f
             if _add_statistics(kind, ours, lost, kept, count, total, value, runs_chain, runs_last):
                 flags[kept] |= STALE
+            if ours:
+                key[kept] = min(key[f], key[g])
+                touched[changed] = kept
+                changed += 1
             flags[lost] |= DEAD
             degree[other] -= np.uint32(1)
             if keep_f and (looks_up or hub[other]):
@@ -393,6 +400,7 @@ def _merge(
     chain[tail[big]] = small
     tail[big] = tail[small]
     name[big] = min(name[big], name[small])
+    return changed
 
 
 @njit(nogil=True, cache=True)
@@ -437,11 +445,61 @@ def _score_key(score):
 
 
 @njit(nogil=True, cache=True)
-def _agglomerate_canonical(
-    uv, nodes, threshold, kind, quantile, key, count, total, scale, value, start, bins, counts,
-    merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
+def _cheapest(
+    node, begin, around, fill, next_segment, tail, parent, flags, key,
+    kind, quantile, count, total, scale, value, start, length, bins, counts, chain, last, tally,
 ):  # fmt: skip
-    """Merges all edges below ``threshold``, ordered by score and then by edge number; returns how many merges."""
+    """The edge of a node with the smallest (key, number), stale ones scored if it matters; dead ones are dropped."""
+    best = NONE
+    best_key = NONE
+    before = NONE
+    segment = np.uint32(node)
+    while segment != NONE:
+        first = np.int64(begin[segment])
+        w = first
+        for r in range(first, first + np.int64(fill[segment])):
+            e = around[r, 1]
+            f = flags[e]
+            if f & DEAD:
+                continue
+            around[w, 0] = around[r, 0]
+            around[w, 1] = e
+            w += 1
+            k = key[e]
+            if k > best_key or (k == best_key and e > best):
+                continue
+            if f & STALE:
+                exact = _exact_score(
+                    kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
+                )
+                k = _score_key(exact)
+                key[e] = k
+                flags[e] = f & ~STALE
+                if k > best_key or (k == best_key and e > best):
+                    continue
+            best = e
+            best_key = k
+        fill[segment] = w - first
+        if w == first and before != NONE:
+            next_segment[before] = next_segment[segment]
+        else:
+            before = segment
+        segment = next_segment[segment]
+    tail[node] = before
+    return best
+
+
+@njit(nogil=True, cache=True)
+def _agglomerate_canonical(
+    uv, nodes, limit, kind, quantile, key, count, total, scale, value, start, bins, counts,
+    merged_a, merged_b, merged_score, merged_key, flags, score, name, parent,
+):  # fmt: skip
+    """Merges all edges whose key is below ``limit``; returns how many merges.
+
+    Two nodes may merge as soon as their edge is the cheapest of both: as joining edges never makes one cheaper than both, this
+    gives the tree of merging the cheapest edge of all, but stays within a neighbourhood, and so within the processor's cache.
+    Chains of cheapest edges are followed node by node first; what involves hubs, which are dear to scan, is left to a heap.
+    """
     edges = uv.shape[0]
     begin, around = _adjacency(uv, nodes)
     fill = np.empty(nodes + 1, np.uint32)
@@ -459,70 +517,130 @@ def _agglomerate_canonical(
     table = np.empty(size, np.uint32)
     used = np.full(1, -1, np.int64)
     chain, last, length, tally = _chains(kind, edges, start)
-    # Edges wait in lists of nearly equal score; only the list in front is kept in order, in a heap.
-    waiting = np.full(1 << (32 - QUEUE_SHIFT), NONE, np.uint32)
-    link = np.empty(edges, np.uint32)
-    heap = np.empty(edges, np.uint64)
-    limit = _score_key(threshold)
+    touched = np.empty(nodes + 1, np.uint32)
+    best = np.full(nodes + 1, NONE, np.uint32)
+    best_key = np.full(nodes + 1, NONE, np.uint32)
     for e in range(edges):
-        key[e] = _score_key(
+        k = _score_key(
             _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally)
         )
-        if key[e] <= limit:
-            link[e] = waiting[key[e] >> QUEUE_SHIFT]
-            waiting[key[e] >> QUEUE_SHIFT] = e
+        key[e] = k
+        for side in range(2):
+            node = uv[e, side]
+            if k < best_key[node]:
+                best_key[node] = k
+                best[node] = e
     merges = 0
-    level = -np.inf
-    front = 0
+    stack = np.empty(nodes + 1, np.uint32)
+    heap = np.empty(0, np.uint64)
     queued = 0
+    phase = 0
+    depth = 0
+    node = np.uint32(0)
     while True:
-        if queued == 0:
-            while front < waiting.size and waiting[front] == NONE:
-                front += 1
-            if front == waiting.size:
-                break
-            e = waiting[front]
-            waiting[front] = NONE
-            while e != NONE:
-                if flags[e] & DEAD == 0:
-                    _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
-                    queued += 1
-                e = link[e]
-            if queued == 0:
+        if phase == 0:
+            if depth == 0:
+                node += np.uint32(1)
+                if node <= nodes:
+                    if parent[node] == node and degree[node] > 0:
+                        stack[0] = node
+                        depth = 1
+                    continue
+                # Every chain has ended: at the limit, or at a hub.
+                phase = 1
+                for e in range(edges):
+                    if flags[e] & DEAD == 0:
+                        if flags[e] & STALE:
+                            flags[e] &= ~STALE
+                            key[e] = _score_key(
+                                _exact_score(
+                                    kind, quantile, e, count, total, scale, value, start, length, bins, counts,
+                                    chain, last, tally,
+                                )
+                            )  # fmt: skip
+                        queued += np.uint64(key[e]) < limit
+                # An edge is pushed once more whenever it takes in another, which is no more.
+                heap = np.empty(2 * queued, np.uint64)
+                queued = 0
+                for e in range(edges):
+                    if flags[e] & DEAD == 0 and np.uint64(key[e]) < limit:
+                        _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
+                        queued += 1
                 continue
-        e = np.uint32(heap[0] & np.uint64(0xFFFFFFFF))
-        _heap_pop(heap, queued)
-        queued -= 1
-        if flags[e] & DEAD:
-            continue
-        exact = _exact_score(
+            at = stack[depth - 1]
+            if degree[at] > HUB:
+                depth = 0
+                continue
+            for _ in range(2):
+                e = best[at]
+                if e == NONE or flags[e] & (DEAD | STALE) or key[e] != best_key[at]:
+                    e = _cheapest(
+                        at, begin, around, fill, next_segment, tail, parent, flags, key,
+                        kind, quantile, count, total, scale, value, start, length, bins, counts, chain, last, tally,
+                    )  # fmt: skip
+                    best[at] = e
+                    if e != NONE:
+                        best_key[at] = key[e]
+                if at == stack[depth - 1]:
+                    found = e
+                    if found == NONE or np.uint64(key[found]) >= limit:
+                        break
+                    at = _root(parent, uv[found, 0])
+                    if at == stack[depth - 1]:
+                        at = _root(parent, uv[found, 1])
+                    if degree[at] > HUB:
+                        break
+            if found == NONE or np.uint64(key[found]) >= limit or degree[at] > HUB:
+                depth = 0
+                continue
+            if e != found:
+                stack[depth] = at
+                depth += 1
+                continue
+            depth -= 1
+            if depth > 0 and stack[depth - 1] == at:
+                depth -= 1
+            e = found
+        else:
+            if queued == 0:
+                break
+            entry = heap[0]
+            _heap_pop(heap, queued)
+            queued -= 1
+            e = np.uint32(entry & np.uint64(0xFFFFFFFF))
+            if flags[e] & DEAD or np.uint64(key[e]) != entry >> np.uint64(32):
+                continue
+        p = _root(parent, uv[e, 0])
+        q = _root(parent, uv[e, 1])
+        merged_a[merges] = min(name[p], name[q])
+        merged_b[merges] = max(name[p], name[q])
+        merged_score[merges] = _exact_score(
             kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
         )
-        if flags[e] & STALE:
-            flags[e] &= ~STALE
-            key[e] = max(_score_key(exact), key[e])
-            if key[e] <= limit:
-                if key[e] >> QUEUE_SHIFT == front:
-                    _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
-                    queued += 1
-                else:
-                    link[e] = waiting[key[e] >> QUEUE_SHIFT]
-                    waiting[key[e] >> QUEUE_SHIFT] = e
-            continue
-        if exact >= threshold:
-            break
-        level = max(level, exact)
-        p = name[_root(parent, uv[e, 0])]
-        q = name[_root(parent, uv[e, 1])]
-        merged_a[merges] = min(p, q)
-        merged_b[merges] = max(p, q)
-        merged_score[merges] = exact
-        merged_level[merges] = level
+        merged_key[merges] = key[e]
         merges += 1
-        _merge(
+        changed = _merge(
             e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark, table, used,
-            flags, key, kind, True, count, total, value, chain, last,
+            flags, key, kind, True, count, total, value, chain, last, touched,
         )  # fmt: skip
+        if phase == 0:
+            joined = p if parent[p] == p else q
+            best[joined] = NONE
+            if degree[joined] > 0:
+                stack[depth] = joined
+                depth += 1
+            continue
+        for k in range(changed):
+            f = touched[k]
+            flags[f] &= ~STALE
+            key[f] = _score_key(
+                _exact_score(
+                    kind, quantile, f, count, total, scale, value, start, length, bins, counts, chain, last, tally
+                )
+            )
+            if np.uint64(key[f]) < limit:
+                _heap_push(heap, queued, (np.uint64(key[f]) << np.uint64(32)) | np.uint64(f))
+                queued += 1
     for e in range(edges):
         if score.size and flags[e] & DEAD == 0:
             score[e] = _exact_score(
@@ -660,7 +778,7 @@ def _agglomerate_waterz(
                 merges += 1
                 _merge(
                     e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark,
-                    table, used, flags, key, kind, False, count, total, value, chain, last,
+                    table, used, flags, key, kind, False, count, total, value, chain, last, link,
                 )  # fmt: skip
                 continue
             flags[e] &= ~STALE
@@ -741,12 +859,17 @@ def agglomerate(
     parent = name.copy()
     if ties == "canonical":
         merged_score = np.empty(merged_a.size, np.float64)
-        merged_level = np.empty(merged_a.size, np.float64)
+        merged_key = np.empty(merged_a.size, np.uint32)
+        limit = np.uint64(min(max(np.ceil(most * KEY_SCALE), 0.0), 2.0**32))
         scores = np.empty(edges if remaining else 0, np.float64)
         merges = _agglomerate_canonical(
-            graph.uv, graph.nodes, most, scoring.kind, scoring.quantile, key, count, total, float(graph.scale), value,
-            start, bins, counts, merged_a, merged_b, merged_score, merged_level, flags, scores, name, parent,
+            graph.uv, graph.nodes, limit, scoring.kind, scoring.quantile, key, count, total, float(graph.scale), value,
+            start, bins, counts, merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
         )  # fmt: skip
+        # The merges of a segment come before those that it takes part in, also among equal keys.
+        order = np.argsort(merged_key[:merges], kind="stable")
+        merged_a, merged_b, merged_score = merged_a[order], merged_b[order], merged_score[order]
+        merged_level = merged_key[order] / KEY_SCALE
     else:
         merged_score = np.empty(merged_a.size, np.float32)
         merged_level = np.empty(merged_a.size, np.float32)

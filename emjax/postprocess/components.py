@@ -167,7 +167,9 @@ def _look_up_slab(labels, parent, z0, z1):
 def label_components(
     labels: np.ndarray, connectivity: int = 26, *, background: int = 0, threads: int = 1
 ) -> np.ndarray:
-    """Connected components of voxels of equal value, as ``skimage.measure.label`` finds and numbers them.
+    """Connected components of voxels of equal value: those of ``skimage.measure.label``, numbered in raster order.
+
+    The ids are skimage's too, but for volumes with an axis of one voxel, whose axes it exchanges before it scans.
 
     Args:
       labels: (z, y, x) whole numbers or bool.
