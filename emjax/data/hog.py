@@ -42,9 +42,8 @@ def hog_histogram(image: Float[Array, "*batch y x"]) -> Float[Array, "*batch row
     return jnp.stack(chosen, -1) / CELL**2
 
 
-def hog_image(image: Float[Array, "*batch y x"]) -> Float[Array, "*batch y x"]:
-    """The drawing of :func:`hog_histogram`, section by section, of the image's size; 0 where no whole cell fits."""
-    histogram = hog_histogram(image)
+def drawn(histogram: Float[Array, "*batch rows columns orientation"]) -> Float[Array, "*batch y x"]:
+    """The drawing of a histogram, 4 x 4 pixels for each cell."""
     low = histogram[..., :4].sum(-1)
     upright = histogram[..., 4]
     high = histogram[..., 5:].sum(-1)
@@ -55,7 +54,13 @@ def hog_image(image: Float[Array, "*batch y x"]) -> Float[Array, "*batch y x"]:
         [nothing, low + upright, upright + high, upright],
         [nothing, nothing, nothing, nothing],
     ]
-    drawn = jnp.stack([jnp.stack(row, -1) for row in pattern], -3)
-    drawn = drawn.reshape(*image.shape[:-2], drawn.shape[-4] * CELL, drawn.shape[-2] * CELL)
-    rest = [(0, have - got) for have, got in zip(image.shape[-2:], drawn.shape[-2:])]
-    return jnp.pad(drawn, [(0, 0)] * (image.ndim - 2) + rest)
+    # Axes: rows, row in the cell, columns, column in the cell.
+    image = jnp.stack([jnp.stack(row, -1) for row in pattern], -3)
+    return image.reshape(*image.shape[:-4], image.shape[-4] * CELL, image.shape[-2] * CELL)
+
+
+def hog_image(image: Float[Array, "*batch y x"]) -> Float[Array, "*batch y x"]:
+    """The drawing of :func:`hog_histogram`, section by section, of the image's size; 0 where no whole cell fits."""
+    cells = drawn(hog_histogram(image))
+    rest = [(0, have - got) for have, got in zip(image.shape[-2:], cells.shape[-2:])]
+    return jnp.pad(cells, [(0, 0)] * (image.ndim - 2) + rest)

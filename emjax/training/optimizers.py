@@ -1,5 +1,6 @@
 """Optimisers and schedules by name, as optax transformations."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -68,8 +69,8 @@ def scale_by_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransfor
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
         square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates)
         largest = jax.tree.map(jnp.maximum, state.largest, square)
-        # Python floats keep the corrections in the precision of the parameters.
-        first, second = 1 - b1**count, 1 - b2**count
+        # 1 - b**count loses half its digits in the first steps; this form keeps them.
+        first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
         scaled = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v) / jnp.sqrt(second) + eps), mean, largest)
         return scaled, AmsgradState(count, mean, square, largest)
 
