@@ -20,8 +20,10 @@ from emjax import config as configuration
 from emjax.data.volume import Volume, is_complete, open_volume, save_volume
 from emjax.errors import UserError
 from emjax.inference import segmentation
+from emjax.inference.blockwise import block_shape, segment_blockwise
+from emjax.inference.executor import Stripes
 from emjax.inference.ledger import content_hash
-from emjax.inference.options import bounding_box, byte_size, memory_of_machine, numbers
+from emjax.inference.options import bounding_box, byte_size, executor_of, memory_of_machine, numbers, whole_triple
 from emjax.inference.prediction import add_prediction_options, choose_window, predict_volume
 from emjax.inference.predictor import output_spec
 from emjax.inference.segmentation import Places, Settings
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
     if options.method == "system":
         raise UserError("--method system needs --config or --checkpoint, which say what the system is")
     spec = options.input if prediction is None else prediction["affinities"]
-    _agglomerate(spec, None if prediction else options, options, settings, places, thresholds)
+    _agglomerate(spec, {} if prediction else _input_options(options), options, settings, places, thresholds)
     return cli.DONE
 
 
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-whole", metavar="SIZE", help="segment block by block above this (default: 70%% of free)"
     )
+    parser.add_argument("--segment-block", metavar="Z,Y,X", help="segment block by block, with blocks of this size")
     add_prediction_options(parser)
     return parser
 
@@ -170,13 +173,13 @@ def _cores() -> int:
 
 def _agglomerate(
     spec: str,
-    input_options: argparse.Namespace | None,
+    input_options: dict[str, Any],
     options: argparse.Namespace,
     settings: Settings,
     places: Places,
     thresholds: Sequence[float],
 ) -> None:
-    volume, channels = segmentation.nearest_affinities(spec, **(_input_options(options) if input_options else {}))
+    volume, channels = segmentation.nearest_affinities(spec, **input_options)
     print(volume.describe())
     volume.require_voxel_size()
     mask = open_volume(options.mask).require_axes("zyx") if options.mask else None
@@ -197,15 +200,22 @@ def _agglomerate(
         return
     _check_free(options)
     needed, most = segmentation.bytes_needed(volume), _whole_memory(options)
-    if needed > most:
-        raise UserError(
-            f"{volume.spec}: {needed / 1e9:.1f} GB are needed to segment it at once, {most / 1e9:.1f} GB are allowed"
-        )
-    fragments, tree = segmentation.segment_whole(volume, channels, settings, mask, _cores())
-    segmentation.write_fragments(volume, fragments, places.fragments, {"plan": content_hash(plan), "source": spec})
-    sizes = region_sizes(fragments)
-    del fragments
-    segmentation.save_merges(places.merges, tree, sizes, plan)
+    if needed > most or options.segment_block or options.executor != "local":
+        executor = executor_of(options)
+        block = whole_triple(options.segment_block, "--segment-block")
+        block = block or block_shape(volume.spatial_shape, byte_size(options.memory) // max(executor.workers(), 1))
+        block = tuple(min(b, n) for b, n in zip(block, volume.spatial_shape))
+        try:
+            segment_blockwise(volume, (spec, input_options), mask, settings, places, plan, block, executor)
+        finally:
+            executor.close()
+        if isinstance(executor, Stripes) and executor.index > 0:
+            return
+    else:
+        fragments, tree = segmentation.segment_whole(volume, channels, settings, mask, _cores())
+        segmentation.write_fragments(volume, fragments, places.fragments, {"plan": content_hash(plan), "source": spec})
+        segmentation.save_merges(places.merges, tree, region_sizes(fragments), plan)
+        del fragments
     _write(places, segmentation.load_merges(places.merges), thresholds, options, replace=options.overwrite)
 
 

@@ -160,7 +160,7 @@ def name_of(index: Triple) -> str:
     return "-".join(map(str, index))
 
 
-def _chunk(extent: int, wanted: int) -> int:
+def chunk_near(extent: int, wanted: int) -> int:
     """The divisor of ``extent`` that is nearest to ``wanted`` in ratio."""
     divisors = [d for d in range(1, extent + 1) if extent % d == 0]
     return min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
@@ -216,7 +216,7 @@ def plan_grid(
             steps.append(math.ceil(shape[axis] / chunk) * chunk)
         else:
             steps.append(extent(axis))
-            chunks.append(_chunk(extent(axis), wanted_chunks[axis]))
+            chunks.append(chunk_near(extent(axis), wanted_chunks[axis]))
     return Grid(tuple(shape), tuple(steps), tuple(chunks))  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from emjax import __version__
 from emjax.data.affinities import NEAREST, open_affinities
 from emjax.data.volume import Volume, blocks, check_finite, create_volume, mark_complete
 from emjax.errors import UserError
@@ -71,6 +72,10 @@ class Places:
         return f"{self._stem}.merges.npz"
 
     @property
+    def work(self) -> str:
+        return f"{self._stem}.work"
+
+    @property
     def prediction(self) -> str:
         return f"{self._stem}.prediction.zarr"
 
@@ -114,12 +119,15 @@ def read_affinities(volume: Volume, channels: Sequence[int], box: Sequence[slice
     if values.dtype.kind == "f":
         values = check_finite(values.astype(np.float32, copy=False), volume.spec)
     if mask is not None:
-        inside = mask[tuple(box)] != 0
+        # The pair of v and its partner counts only if both are inside, so the mask is read one voxel further down.
+        lead = [int(part.start > 0) for part in box]
+        inside = mask[tuple(slice(part.start - more, part.stop) for part, more in zip(box, lead))] != 0
+        own = inside[tuple(slice(more, None) for more in lead)]
         for axis, value in enumerate(values):
-            value[~inside] = 0
-            # The pair of v and its partner counts only if both are inside.
-            partner = np.moveaxis(inside, axis, 0)
-            np.moveaxis(value, axis, 0)[1:][~partner[:-1]] = 0
+            value[~own] = 0
+            here = tuple(slice(None) if a == axis else slice(more, None) for a, more in enumerate(lead))
+            below = np.moveaxis(inside[here], axis, 0)[:-1]
+            np.moveaxis(value, axis, 0)[1 - lead[axis] :][~below] = 0
     return values
 
 
@@ -133,6 +141,7 @@ def plan_of(volume: Volume, mask: Volume | None, settings: Settings, extra: Mapp
     """What decides fragments and merges; a change of any of it makes another plan."""
     source = volume.spec if "://" in volume.spec else os.path.abspath(volume.spec)
     return {
+        "emjax": __version__,
         "affinities": source,
         "prediction": volume.attributes.get("plan"),
         "shape": list(volume.shape),
