@@ -23,13 +23,12 @@ from emjax.data.mixing import Mixing
 from emjax.data.pipeline import Source
 from emjax.models import mnet
 from emjax.systems import segneuron
-from emjax.systems.protocol import Block
 
 DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 EMNEURON = os.environ.get("EMNEURON", "../emneuron")
 CROP = (20, 128, 128)
 LOCAL_CROP = (16, 128, 128)
-LOCAL_PLAN = {"size": LOCAL_CROP, "stride": (8, 64, 64), "blending": "gaussian", "sigma": 0.1}
+LOCAL_PLAN = dataclasses.replace(segneuron.PLAN, size=LOCAL_CROP, stride=(8, 64, 64))
 
 # In the published order; elastic deformation is decided twice, a quarter times a half.
 AUGMENT = (
@@ -104,7 +103,7 @@ def get_config(variant: str = "") -> Experiment:
         return full
     local = dataclasses.replace(
         full,
-        system=dataclasses.replace(full.system, plan=Block(**LOCAL_PLAN)),
+        system=dataclasses.replace(full.system, plan=LOCAL_PLAN),
         data=dataclasses.replace(full.data, crop=LOCAL_CROP, cache_gb=4.0, threads=4),
         optimizer=dataclasses.replace(OPTIMIZER, decay_steps=20_000),
         train=Train(steps=20_000, log_every=50, validate_every=1000, save_every=1000),

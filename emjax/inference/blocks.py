@@ -25,12 +25,16 @@ class Axis:
         size: voxels that the network sees.
         starts: first voxel of each block, relative to the region; may be negative or run over the end.
         weights: (blocks, size) float32, weight of each voxel of each block's output; 0 is thrown away.
+        rule: a voxel's weight is the product of its three; ``"plus"`` adds ``floor`` to the product, ``"least"`` takes
+            at least ``floor``.
     """
 
     length: int
     size: int
     starts: tuple[int, ...]
     weights: np.ndarray
+    rule: str = ""
+    floor: float = 0.0
 
     def touching(self, start: int, stop: int) -> range:
         """The blocks that have a weight somewhere in [start, stop)."""
@@ -42,15 +46,28 @@ class Axis:
         return range(chosen[0], chosen[-1] + 1)
 
 
-def block_starts(length: int, size: int, stride: int, halo: int) -> tuple[int, ...]:
+def block_starts(length: int, size: int, stride: int, halo: int, placement: str = "inside") -> tuple[int, ...]:
     """First voxels of the blocks along an axis: every ``stride`` from ``-halo`` on.
 
     The last block is moved back so that it ends ``halo`` behind the region: it then sees real voxels, not reflected
-    ones. A region shorter than one block is given one block.
+    ones. A region shorter than one block is given one block. With ``placement="centred"`` no block is moved, and what
+    the blocks reach over the region is split evenly between its ends.
     """
     count = max(1, math.ceil((length - (size - 2 * halo)) / stride) + 1)
+    if placement == "centred":
+        # One block more than needed where the region is a whole number of strides: its ends are then seen twice, too.
+        count = max(1, (length - (size - 2 * halo)) // stride + 2)
+        over = size + (count - 1) * stride - length
+        return tuple(number * stride - over // 2 for number in range(count))
     last = max(-halo, length + halo - size)
     return tuple(min(-halo + number * stride, last) for number in range(count))
+
+
+def centred_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
+    """First voxels of blocks at whole strides that reach out of both ends of the region alike (SegNeuron)."""
+    count = max(1, (length - size) // stride + 2)
+    out = size + (count - 1) * stride - length
+    return tuple(number * stride - out // 2 for number in range(count))
 
 
 def block_weights(
@@ -61,6 +78,7 @@ def block_weights(
     ``"crop"``: 1 for voxels nearer to this block's centre than to its neighbours', else 0 (ties: the later block).
     ``"linear"``: falls from the centre to the halo, 1 / (size of the inner part) at its outermost voxel.
     ``"gaussian"``: exp(-d^2 / 2 (sigma * size)^2) of the distance d from the centre.
+    ``"gaussian_plus"``, ``"gaussian_least"``: exp(-c^2 / 2 sigma^2) of the coordinate c, -1..1 from border to border.
     Outside of the region and in the halo weights are 0, except that crop never leaves a voxel of the region without.
     """
     weights = np.zeros((len(starts), size), np.float32)
@@ -78,8 +96,11 @@ def block_weights(
             distance = (voxel - (size - 1) / 2) / (sigma * size)
             # A floor keeps the sum of weights far from the smallest float32, whatever sigma.
             weights[number] = np.where(inside, np.maximum(np.exp(-0.5 * distance**2), 1e-6), 0)
+        elif blending in ("gaussian_plus", "gaussian_least"):
+            coordinate = np.linspace(-1, 1, size) if size > 1 else np.zeros(1)
+            weights[number] = np.where(inside, np.exp(-0.5 * (coordinate / sigma) ** 2), 0)
         else:
-            raise ValueError(f"blending is {blending!r}; expected 'crop', 'linear' or 'gaussian'")
+            raise ValueError(f"blending is {blending!r}; expected 'crop', 'linear', 'gaussian' or one of its kin")
         weights[number, (first + voxel < 0) | (first + voxel >= length)] = 0
     return weights
 
@@ -88,9 +109,13 @@ def plan_axes(shape: Sequence[int], plan: Block) -> tuple[Axis, Axis, Axis]:
     """The three axes of a region of ``shape`` (z, y, x)."""
     axes = []
     for length, size, stride, halo in zip(shape, plan.size, plan.stride, plan.halo):
-        starts = block_starts(length, size, stride, halo)
+        if plan.placement == "centred":
+            starts = centred_starts(length, size, stride)
+        else:
+            starts = block_starts(length, size, stride, halo, plan.placement)
         weights = block_weights(starts, length, size, halo, plan.blending, plan.sigma)
-        axes.append(Axis(length, size, starts, weights))
+        rule = plan.blending.partition("_")[2]
+        axes.append(Axis(length, size, starts, weights, rule, plan.floor if rule else 0.0))
     return axes[0], axes[1], axes[2]
 
 

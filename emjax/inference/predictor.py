@@ -236,8 +236,10 @@ class Blender:
             name: np.zeros((output.channels, *shape), np.uint64 if output.kind == "instances" else np.float32)
             for name, output in outputs.items()
         }
-        # Weights are separable, so is their sum: three lines instead of a volume.
+        # Weights are separable, so is their sum: three lines instead of a volume, unless there is a rule.
         self._totals = [np.zeros(length, np.float32) for length in shape]
+        self._rule, self._floor = axes[0].rule, np.float32(axes[0].floor)
+        self._total = np.zeros(shape, np.float32) if self._rule else None
         self._seen: list[set[int]] = [set(), set(), set()]
 
     def add(self, block: Triple, predicted: Mapping[str, np.ndarray]) -> None:
@@ -255,8 +257,11 @@ class Blender:
             if number not in self._seen[place]:
                 self._seen[place].add(number)
                 self._totals[place][targets[-1]] += line
-        plain = all((line == 1).all() for line in weights)
+        plain = not self._rule and all((line == 1).all() for line in weights)
         weight = weights[0][:, None, None] * weights[1][:, None] * weights[2]
+        if self._total is not None:
+            weight = weight + self._floor if self._rule == "plus" else np.maximum(weight, self._floor)
+            self._total[tuple(targets)] += weight
         for name, values in predicted.items():
             chosen = values[tuple(sources)]
             if self.outputs[name].kind == "instances":
@@ -287,7 +292,7 @@ class Blender:
             stored = np.empty(total.shape, np.uint8)
             for channel, values in enumerate(total):
                 for plane, row in enumerate(values):
-                    scaled = row / (z[plane] * y[:, None] * x)
+                    scaled = row / (z[plane] * y[:, None] * x if self._total is None else self._total[plane])
                     stored[channel, plane] = np.clip(np.rint(scaled * np.float32(255)), 0, 255)
             done[name] = stored
         return done

@@ -61,6 +61,8 @@ def _centred_axis(length: int, size: int, stride: int) -> tuple[tuple[int, int],
 def _clamped_axis(length: int, size: int, stride: int) -> tuple[tuple[int, int], tuple[int, ...]]:
     (before, _), starts = _centred_axis(length, size, stride)
     last = length + 2 * before - size
+    if last < 0:
+        raise ValueError(f"clamped tiling: {length} voxels and a window of {size} leave a voxel uncovered")
     return (before, before), tuple(min(start, last) for start in starts)
 
 

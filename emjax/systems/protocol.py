@@ -35,15 +35,22 @@ class Block:
         halo: border of a block's output that is thrown away on each side (not at the border of the volume, where the
             block is reflected).
         blending: ``"crop"`` keeps for each voxel the block whose centre is nearest (``stride = size - 2 * halo``),
-            ``"linear"`` and ``"gaussian"`` weigh overlapping blocks.
-        sigma: width of the Gaussian as a share of the block's size.
+            ``"linear"`` and ``"gaussian"`` weigh overlapping blocks. ``"gaussian_plus"`` and ``"gaussian_least"`` (both
+            of SegNeuron) take the distance in all three axes with coordinates -1..1 from border to border and add
+            ``floor``, or take at least that.
+        sigma: width of the Gaussian as a share of the block's size; of the last two, in their coordinates.
+        floor: see ``blending``.
+        placement: ``"flush"`` moves the last block back to the end of the region; ``"centred"`` keeps all strides and
+            lets the first and last block reach out of the region alike (SegNeuron).
     """
 
     size: Triple
     stride: Triple
     halo: Triple = (0, 0, 0)
-    blending: Literal["crop", "linear", "gaussian"] = "crop"
+    blending: Literal["crop", "linear", "gaussian", "gaussian_plus", "gaussian_least"] = "crop"
     sigma: float = 0.25
+    floor: float = 0.0
+    placement: Literal["flush", "centred"] = "flush"
 
     def validate(self) -> None:
         """Raises ``UserError`` if blocks of this plan would leave gaps."""
@@ -56,6 +63,13 @@ class Block:
                     f"block: size {self.size}, halo {self.halo} and stride {self.stride} (z, y, x) leave gaps; "
                     "expected 1 <= stride <= size - 2 * halo"
                 )
+        if self.sigma <= 0 or self.floor < 0:
+            raise UserError(f"block: sigma {self.sigma} and floor {self.floor}, expected more than 0, and 0 or more")
+        if self.placement == "centred" and (self.blending == "crop" or any(self.halo)):
+            raise UserError(
+                f"block: centred placement with blending {self.blending!r} and halo {self.halo}; expected weighted "
+                "blocks without halo"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from emjax.postprocess.foreground_multicut import foreground_multicut
 from emjax.systems.protocol import Block, Output, flip_back_affinities, unit_grey
 
 PATCH = (20, 128, 128)
+PLAN = Block(size=PATCH, stride=(10, 64, 64), placement="centred", blending="gaussian_plus", sigma=0.2, floor=1e-6)
+NOTEBOOK_PLAN = Block(size=PATCH, stride=(10, 64, 64), blending="gaussian_least", sigma=0.5, floor=1e-3)
 IN_PLANE_NM = (5.0, 10.0)
 """Pixel sizes that SegNeuron was trained on; other volumes are to be rescaled first."""
 SECTION_NM = 50.0
@@ -41,7 +43,8 @@ class Config:
         affinity_weight, foreground_weight: of the two terms. The published squared error of the affinities is summed
             over the channels, so that it counts three times as much as a mean.
         mixing: frequency and spatial mixing of data sets.
-        plan: blocks of prediction; half overlapping, Gaussian weights.
+        plan: blocks of prediction; half overlapping, Gaussian weights, as in the corrected published code. That of its
+            notebook is ``NOTEBOOK_PLAN``.
         segmentation: foreground-restricted multicut.
     """
 
@@ -50,7 +53,7 @@ class Config:
     affinity_weight: float = 1.0
     foreground_weight: float = 1.0
     mixing: Mixing = Mixing()
-    plan: Block = Block(size=PATCH, stride=(10, 64, 64), blending="gaussian", sigma=0.1)
+    plan: Block = PLAN
     segmentation: Segmentation = Segmentation()
 
 

@@ -41,7 +41,9 @@ class Config:
     ratio: tuple[float, float] = (0.5, 0.7)
     image_weight: float = 0.2
     hog_weight: float = 1.0
-    plan: Block = Block(size=(20, 128, 128), stride=(10, 64, 64), blending="gaussian", sigma=0.1)
+    plan: Block = Block(
+        size=(20, 128, 128), stride=(10, 64, 64), placement="centred", blending="gaussian_plus", sigma=0.2, floor=1e-6
+    )
 
 
 def validate(config: Config) -> None:

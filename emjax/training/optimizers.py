@@ -19,7 +19,8 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     """
 
     def poly_warm(step: jax.Array) -> jax.Array:
-        iteration, warmup = step + 1, config.warmup_steps
+        # A quotient of int32 is float32 even where the parameters are float64.
+        iteration, warmup = jnp.asarray(step + 1, jnp.result_type(float)), config.warmup_steps
         decay = config.decay_steps or steps
         # The left time as a whole number: subtracting a share from 1 would lose digits near the end.
         left = jnp.clip((decay + warmup - iteration) / decay, 0.0, 1.0)
