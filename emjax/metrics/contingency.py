@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -204,12 +205,17 @@ def same_shape(array: NDArray, other: NDArray, name: str, other_name: str) -> No
 
 
 def _ids(values: ArrayLike | Iterable[int], name: str) -> NDArray[np.uint64]:
-    array = np.asarray(values if isinstance(values, np.ndarray) else list(values))  # type: ignore[call-overload]
-    if array.size and array.dtype.kind not in "ui":
-        raise ValueError(f"{name} has type {array.dtype}; expected integer ids")
-    if array.dtype.kind == "i" and array.size and array.min() < 0:
-        raise ValueError(f"{name} holds the negative id {array.min()}; expected ids >= 0")
-    return array.astype(np.uint64).ravel()
+    if isinstance(values, np.ndarray):
+        if values.size and values.dtype.kind not in "ui":
+            raise ValueError(f"{name} has type {values.dtype}; expected integer ids")
+        if values.dtype.kind == "i" and values.size and values.min() < 0:
+            raise ValueError(f"{name} holds the negative id {values.min()}; expected ids >= 0")
+        return values.astype(np.uint64).ravel()
+    # Element by element: NumPy would make floats of a list with both 0 and 2**64 - 1.
+    ids = [operator.index(value) for value in values]  # type: ignore[union-attr, arg-type]
+    if ids and not 0 <= min(ids) <= max(ids) < 2**64:
+        raise ValueError(f"{name} holds {min(ids) if min(ids) < 0 else max(ids)}; expected ids of 0 to 2**64 - 1")
+    return np.array(ids, np.uint64)
 
 
 def _group_sums(ids: NDArray[np.uint64], counts: NDArray[np.int64]):

@@ -124,16 +124,17 @@ def reference_sam4em_evaluation(
         raise ValueError(f"batches {sizes} do not add up to {len(true)} slices")
     slices = per_slice_overlap(predicted, true)
     emptied = [part.true_positives == 0 for part in slices]
-    accuracy, start = 0.0, 0
+    # The reference keeps its accuracy in float32.
+    accuracy, start = np.float32(0), 0
     for size in sizes:
         stop = start + size
         pairs = [np.mean(one == other) for one in predicted[start:stop] for other in true[start:stop]]
-        accuracy += size * float(np.mean(pairs)) if pairs else 0.0
+        accuracy += np.float32(size) * np.float32(np.mean(pairs)) if pairs else np.float32(0)
         start = stop
     return ReferenceEvaluation(
         iou=float(np.mean([0.0 if empty else part.iou for part, empty in zip(slices, emptied)])),
         dice=float(np.mean([0.0 if empty else part.dice for part, empty in zip(slices, emptied)])),
-        accuracy=accuracy / len(true) if len(true) else math.nan,
+        accuracy=float(accuracy / np.float32(len(true))) if len(true) else math.nan,
     )
 
 
