@@ -14,12 +14,13 @@ import numpy as np
 
 from emjax.cli import parser, run
 from emjax.errors import UserError
+from emjax.weights.agq import FAMILY as AGQ
 from emjax.weights.family import Checkpoint, read_checkpoint, to_state, write_checkpoint
 from emjax.weights.files import check_target
 from emjax.weights.rules import leaves, parameter_count
 from emjax.weights.sam2 import FAMILY as SAM2
 
-FAMILIES = (SAM2,)
+FAMILIES = (SAM2, AGQ)
 
 
 def describe(checkpoint: Checkpoint) -> str:
