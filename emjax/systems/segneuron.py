@@ -21,6 +21,7 @@ from emjax.errors import UserError
 from emjax.models import mnet
 from emjax.postprocess.foreground_multicut import Settings as Segmentation
 from emjax.postprocess.foreground_multicut import foreground_multicut
+from emjax.systems import segneuron_pretraining
 from emjax.systems.protocol import Block, Output, flip_back_affinities, unit_grey
 
 PATCH = (20, 128, 128)
@@ -84,6 +85,11 @@ def build(config: Config, rngs: nnx.Rngs) -> mnet.MNet:
 def trainable(config: Config, path: str) -> bool:
     """Every parameter trains."""
     return True
+
+
+def inherits(config: Config, other: Any) -> Callable[[str], bool] | None:
+    """Which parameters a run takes over from a run of ``other``: of pretraining, the encoder; decoders start afresh."""
+    return mnet.is_encoder if isinstance(other, segneuron_pretraining.Config) else None
 
 
 def compose(config: Config) -> Callable[[Sampler, np.random.Generator], dict[str, np.ndarray]]:

@@ -15,7 +15,8 @@ from jax.sharding import SingleDeviceSharding
 from emjax import __version__
 from emjax.config import Experiment, from_json, to_json
 from emjax.errors import UserError
-from emjax.models.functional import Collections, join, paths
+from emjax.models.functional import Collections, initialise, join, partition, paths
+from emjax.systems.protocol import system_of
 from emjax.training.state import State, definition, split_trainable
 
 FOLDER = "checkpoints"
@@ -203,6 +204,17 @@ def _check_same_arrays(checkpoint: pathlib.Path, item: str, target: Mapping) -> 
         raise UserError(f"checkpoint {checkpoint}: not of this model: {item} has {', '.join(parts)}")
 
 
+def _check_inherited(checkpoint: pathlib.Path, found: Mapping, wanted: Mapping) -> None:
+    shapes = [{path: tuple(leaf.shape) for path, leaf in _leaves(tree)} for tree in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted(path for path in set(shapes[0]) | set(shapes[1]) if shapes[0].get(path) != shapes[1].get(path))
+        path = wrong[0]
+        raise UserError(
+            f"checkpoint {checkpoint}: {len(wrong)} parameters do not fit, first {path}: {shapes[0].get(path)}, "
+            f"expected {shapes[1].get(path)}; both runs need the same widths"
+        )
+
+
 def _leaves(tree: Mapping) -> list[tuple[str, Any]]:
     found = []
     for path in paths(tree):
@@ -214,8 +226,20 @@ def _leaves(tree: Mapping) -> list[tuple[str, Any]]:
 
 
 def initial_variables(directory: str, config: Experiment) -> Collections:
-    """Variables for ``train.init_from``: those of another run's checkpoint of the same network."""
+    """Variables for ``train.init_from``: those of another run's checkpoint of the same network.
+
+    A system with ``inherits(config, other)`` may also start from a run of another system: the function gives a
+    predicate on dotted paths, of the parameters that are taken over, or None. All others are fresh.
+    """
     checkpoint = find(pathlib.Path(directory))
     stored = from_json(json.dumps(read_meta(checkpoint)["config"]))
+    inherits = getattr(system_of(config.system), "inherits", None)
+    taken_over = inherits(config.system, stored.system) if inherits else None
+    if taken_over is not None:
+        chosen, _ = partition(_restore_variables(checkpoint, stored)["params"], taken_over)
+        made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
+        replaced, rest = partition(made["params"], taken_over)
+        _check_inherited(checkpoint, chosen, replaced)
+        return {**made, "params": join(chosen, rest)}
     _check_same_arrays(checkpoint, "params", definition(config).shapes["params"])
     return _restore_variables(checkpoint, dataclasses.replace(stored, system=config.system))

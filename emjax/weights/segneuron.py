@@ -1,12 +1,15 @@
 """Checkpoints of SegNeuron: names, layouts, the heads that its forward pass never uses, and which network one holds."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from emjax.errors import UserError
-from emjax.models.functional import define
+from emjax.models.functional import Definition, define
 from emjax.models.mnet import Config, MNet
+from emjax.weights.family import Family, Shapes, Spelling
 from emjax.weights.rules import Rules, State, read_state, write_state
 
 DEAD_HEADS = r"^outputs2?\.[1-6]\.weight$"
@@ -93,3 +96,40 @@ def write_segneuron(collections: Mapping[str, Mapping], config: Config) -> State
     """Our collections as SegNeuron's 462 arrays, the unused heads as zeros, so that its strict loading accepts them."""
     unused = {name: np.zeros(shape, np.float32) for name, shape in dead_heads(config).items()}
     return write_state(collections, RULES) | unused
+
+
+def network(settings: Mapping[str, Any]) -> Definition:
+    """The network of stored settings (fields of :class:`emjax.models.mnet.Config`)."""
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    config = Config(**plain)
+    return define(lambda rngs: MNet(config, rngs))
+
+
+def _recognise(shapes: Shapes) -> str | None:
+    names = {name.removeprefix("module.") for name in shapes}
+    return "official" if {"bottleneck5.CB3d.conv1.conv.weight", "outputs2.0.weight"} <= names else None
+
+
+def _stand_ins(shapes: Shapes) -> State:
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
+    config = config_of(_stand_ins(shapes), what)
+    fields = ("widths", "merge", "in_features", "outputs", "skips")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in fields}
+
+
+def _with_dead_heads(state: State) -> State:
+    unused = dead_heads(config_of(state))
+    return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
+
+
+FAMILY = Family(
+    name="segneuron",
+    spellings={"official": Spelling(RULES, prepare=without_prefix, finish=_with_dead_heads)},
+    recognise=_recognise,
+    identify=_identify,
+    network=network,
+)
+"""For ``python -m emjax.convert``. |a - b| and a + b leave no trace in a checkpoint; ``sub``, as published, is assumed."""
