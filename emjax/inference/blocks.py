@@ -46,19 +46,13 @@ class Axis:
         return range(chosen[0], chosen[-1] + 1)
 
 
-def block_starts(length: int, size: int, stride: int, halo: int, placement: str = "inside") -> tuple[int, ...]:
+def block_starts(length: int, size: int, stride: int, halo: int) -> tuple[int, ...]:
     """First voxels of the blocks along an axis: every ``stride`` from ``-halo`` on.
 
     The last block is moved back so that it ends ``halo`` behind the region: it then sees real voxels, not reflected
-    ones. A region shorter than one block is given one block. With ``placement="centred"`` no block is moved, and what
-    the blocks reach over the region is split evenly between its ends.
+    ones. A region shorter than one block is given one block.
     """
     count = max(1, math.ceil((length - (size - 2 * halo)) / stride) + 1)
-    if placement == "centred":
-        # One block more than needed where the region is a whole number of strides: its ends are then seen twice, too.
-        count = max(1, (length - (size - 2 * halo)) // stride + 2)
-        over = size + (count - 1) * stride - length
-        return tuple(number * stride - over // 2 for number in range(count))
     last = max(-halo, length + halo - size)
     return tuple(min(-halo + number * stride, last) for number in range(count))
 
@@ -112,7 +106,7 @@ def plan_axes(shape: Sequence[int], plan: Block) -> tuple[Axis, Axis, Axis]:
         if plan.placement == "centred":
             starts = centred_starts(length, size, stride)
         else:
-            starts = block_starts(length, size, stride, halo, plan.placement)
+            starts = block_starts(length, size, stride, halo)
         weights = block_weights(starts, length, size, halo, plan.blending, plan.sigma)
         rule = plan.blending.partition("_")[2]
         axes.append(Axis(length, size, starts, weights, rule, plan.floor if rule else 0.0))

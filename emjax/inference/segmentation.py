@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -223,7 +224,7 @@ def load_merges(path: str) -> Merges:
                 float(stored["threshold"]),
             )
             return Merges(tree, stored["sizes"], json.loads(str(stored["plan"])))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a merge history ({' '.join(str(error).split())[:100]})") from None
 
 
