@@ -46,7 +46,7 @@ def use_cpu_devices(count: int, batch: int) -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     usable = count or max(number for number in range(1, cores + 1) if batch % number == 0)
     jax.config.update("jax_num_cpu_devices", usable)
 

@@ -30,6 +30,7 @@ from emjax.training.state import (
     split_trainable,
     with_parameters,
 )
+from emjax.view import overlay
 
 logger = logging.getLogger(__name__)
 
@@ -333,8 +334,6 @@ class _Validator:
         return total
 
     def _draw(self, state: State, step: int) -> None:
-        from emjax.view import overlay
-
         batch = self.batches[0]
         devices = sharding.to_devices(
             {"image": batch["image"]}, self.compiled.batch_shardings, self.config.data.batch_size

@@ -1,4 +1,3 @@
-import dataclasses
 import pathlib
 
 import pytest
@@ -20,7 +19,7 @@ def config():
 def test_overrides_reach_every_depth(config):
     assert override(config, "optimizer.lr", "3e-4").optimizer.lr == 3e-4
     assert override(config, "optimizer.lr", "1").optimizer.lr == 1.0
-    assert override(config, "system.model.widths", "(4, 8)").system.model.widths == (4, 8)
+    assert override(config, "system.model.widths", "(4,)").system.model.widths == (4,)
     assert override(config, "data.train.0.raw", "other.h5:raw").data.train[0].raw == "other.h5:raw"
     assert override(config, "mesh.fsdp", "true").mesh.fsdp is True
     assert override(config, "system.widen_borders", "none").system.widen_borders is None
@@ -56,11 +55,15 @@ def test_json_builds_only_our_classes():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_file_loads_and_is_documented(path):
-    config = load(str(path))
-    assert dataclasses.is_dataclass(config)
-    assert from_json(to_json(config)) == config
     text = path.read_text()
     assert "python -m emjax." in text.split('"""')[1], "the docstring states the command"
+    try:
+        config = load(str(path))
+    except UserError as error:
+        # A configuration may need a manifest of downloaded data, and then says how to make it.
+        assert "python -m emjax.prepare" in str(error)
+    else:
+        assert from_json(to_json(config)) == config
     with pytest.raises(UserError, match=r"variant .* is unknown"):
         load(f"{path}:nosuchvariant")
 

@@ -160,7 +160,7 @@ def test_a_run_can_start_from_another(uninterrupted, volume):
 def test_checkpoint_of_another_model_is_refused(uninterrupted, volume, tmp_path):
     wider = experiment(volume, train__init_from=str(uninterrupted[0]))
 
-    model = dataclasses.replace(wider.system.model, widths=(4, 12))
+    model = dataclasses.replace(wider.system.model, widths=(12,))
     wider = dataclasses.replace(wider, system=dataclasses.replace(wider.system, model=model))
     with pytest.raises(UserError, match="not of this model"):
         loop.run(wider, tmp_path / "new")
