@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from emjax.inference.progress import duration
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,14 +61,6 @@ class Records:
         if self.active:
             self.file.close()
             self.board.close()
-
-
-def duration(seconds: float) -> str:
-    """``"2 h 05 min"``, ``"3 min 10 s"`` or ``"12 s"``."""
-    seconds = int(max(seconds, 0))
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
 
 
 class Progress:
