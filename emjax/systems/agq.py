@@ -15,7 +15,7 @@ from emjax.models.agq import AGQ, AGQConfig, without_background
 from emjax.postprocess.block_merge import merge_blocks
 from emjax.systems.agq_blocks import SOFT_AREA, block_affinities, block_labels, border_between_blocks
 from emjax.systems.agq_loss import LossConfig, Targets, criterion, make_targets, total
-from emjax.systems.protocol import Block, Output, Triple
+from emjax.systems.protocol import Block, Output, Triple, unit_grey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ def trainable(config: Config, path: str) -> bool:
 
 
 def normalise(image: jax.Array) -> jax.Array:
-    """Grey values 0..255 of blocks (b, z, y, x) to -1..1, with a channel axis."""
-    return ((image.astype(jnp.float32) / 255 - 0.5) / 0.5)[..., None]
+    """Blocks (b, z, y, x), uint8 or float32 in 0..1, as float32 in -1..1 with a channel axis."""
+    return ((unit_grey(image) - 0.5) / 0.5)[..., None]
 
 
 def targets(config: Config, batch: Mapping[str, jax.Array]) -> Targets:
@@ -157,7 +157,7 @@ def predict(config: Config, model: AGQ, image: jax.Array) -> dict[str, jax.Array
     if config.background == "zero":
         masks = without_background(masks)
     size = image.shape[1:4]
-    labels = jax.lax.map(lambda block: block_labels(block, size, config.soft_area)[0], masks)
+    labels = jax.vmap(lambda block: block_labels(block, size, config.soft_area)[0])(masks)
     return {
         "instances": labels[..., None],
         "affinities": block_affinities(outputs.affinity_logits, size).astype(jnp.float16),

@@ -109,8 +109,7 @@ def volume(stages, index):
     return [type(stage)(*(None if part is None else part[index] for part in stage)) for stage in stages]
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 37, 100])
+@pytest.mark.parametrize(("count", "train"), [(0, False), (1, False), (37, False), (100, False), (0, True), (37, True)])
 def test_slots_equal_exact_number(count, train):
     labels = jnp.asarray(boxes(count))[None]
     padded, padded_statistics = network(SMALL)(weights(), fused(1), labels, train)
@@ -194,6 +193,7 @@ def image(batch: int, block=BLOCK) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (batch, *block, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"guided": 0, "remat": True}, {"learned": 0, "dtype": "bfloat16"}])
 def test_variants_run_forward_and_backward(changes):
     config = dataclasses.replace(SMALL, **changes)
