@@ -210,48 +210,71 @@ def _insert(table, used, uv, parent, hub, flags, a, b, e):
 
 
 @njit(nogil=True, cache=True)
-def _tally(e, start, length, bins, counts, chain, last, tally):
-    """Sums the histograms chained to edge e into ``tally``, and writes the sum back over them."""
-    tally[:] = 0
+def _compact(e, start, length, bins, counts, chain, last, tally):
+    """Sums the histograms chained to edge e and writes the sum, sorted, back over them."""
+    tally[:BINS] = 0
+    runs = 0
     segment = np.uint32(e)
     while segment != NONE:
+        runs += length[segment]
         for r in range(start[segment], start[segment] + length[segment]):
             tally[bins[r]] += counts[r]
         segment = chain[segment]
-    b = 0
+    # The bins in use, ascending: from the runs themselves if they are few.
+    used = tally[BINS:]
+    n = 0
+    if runs <= 32:
+        segment = np.uint32(e)
+        while segment != NONE:
+            for r in range(start[segment], start[segment] + length[segment]):
+                b = np.int64(bins[r])
+                k = n
+                while k > 0 and used[k - 1] > b:
+                    used[k] = used[k - 1]
+                    k -= 1
+                if k > 0 and used[k - 1] == b:
+                    for q in range(k, n):
+                        used[q] = used[q + 1]
+                else:
+                    used[k] = b
+                    n += 1
+            segment = chain[segment]
+    else:
+        for b in range(BINS):
+            used[n] = b
+            n += np.int64(tally[b] > 0)
+    k = 0
     segment = np.uint32(e)
-    while segment != NONE:
+    while k < n:
         r = start[segment]
-        stop = start[segment + 1]
-        while r < stop and b < BINS:
-            if tally[b]:
-                bins[r] = b
-                counts[r] = np.uint32(tally[b])
-                r += 1
-            b += 1
+        stop = min(start[segment + 1], r + n - k)
+        while r < stop:
+            b = used[k]
+            bins[r] = b
+            counts[r] = np.uint32(tally[b])
+            r += 1
+            k += 1
         length[segment] = r - start[segment]
         last[e] = segment
-        if b == BINS:
+        if k == n:
             chain[segment] = NONE
         segment = chain[segment]
 
 
 @njit(nogil=True, cache=True)
 def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally):
-    """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without its overflow)."""
+    """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without overflow)."""
     pivot = np.int64(quantile) * np.int64(count[e]) // 100 + 1
     total = np.int64(0)
-    if chain[e] == NONE:
-        for r in range(start[e], start[e] + length[e]):
+    if chain[e] != NONE:
+        _compact(e, start, length, bins, counts, chain, last, tally)
+    segment = np.uint32(e)
+    while segment != NONE:
+        for r in range(start[segment], start[segment] + length[segment]):
             total += counts[r]
             if total >= pivot:
                 return np.int64(bins[r])
-        return np.int64(BINS)
-    _tally(e, start, length, bins, counts, chain, last, tally)
-    for b in range(BINS):
-        total += tally[b]
-        if total >= pivot:
-            return np.int64(b)
+        segment = chain[segment]
     return np.int64(BINS)
 
 
@@ -332,7 +355,8 @@ def _merge(
     """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names.
 
     Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up. With ``ours``,
-    lists in ``touched`` the edges that now stand for two, and returns how many.
+    a stale edge keeps the smaller of two keys, a lower bound; lists in ``touched`` those whose key this lowers, and returns
+    how many.
     """
     changed = 0
     big = _root(parent, uv[e, 0])
@@ -389,9 +413,10 @@ def _merge(
             if _add_statistics(kind, ours, lost, kept, count, total, value, runs_chain, runs_last):
                 flags[kept] |= STALE
             if ours:
-                key[kept] = min(key[f], key[g])
-                touched[changed] = kept
-                changed += 1
+                if key[lost] < key[kept]:
+                    key[kept] = key[lost]
+                    touched[changed] = kept
+                    changed += 1
             flags[lost] |= DEAD
             degree[other] -= np.uint32(1)
             if keep_f and (looks_up or hub[other]):
@@ -549,18 +574,9 @@ def _agglomerate_canonical(
                 # Every chain has ended: at the limit, or at a hub.
                 phase = 1
                 for e in range(edges):
-                    if flags[e] & DEAD == 0:
-                        if flags[e] & STALE:
-                            flags[e] &= ~STALE
-                            key[e] = _score_key(
-                                _exact_score(
-                                    kind, quantile, e, count, total, scale, value, start, length, bins, counts,
-                                    chain, last, tally,
-                                )
-                            )  # fmt: skip
-                        queued += np.uint64(key[e]) < limit
-                # An edge is pushed once more whenever it takes in another, which is no more.
-                heap = np.empty(2 * queued, np.uint64)
+                    queued += (flags[e] & DEAD == 0) and (np.uint64(key[e]) < limit)
+                # An edge may be pushed twice more for each one that it takes in: with the lower bound, and scored.
+                heap = np.empty(3 * queued, np.uint64)
                 queued = 0
                 for e in range(edges):
                     if flags[e] & DEAD == 0 and np.uint64(key[e]) < limit:
@@ -610,6 +626,17 @@ def _agglomerate_canonical(
             e = np.uint32(entry & np.uint64(0xFFFFFFFF))
             if flags[e] & DEAD or np.uint64(key[e]) != entry >> np.uint64(32):
                 continue
+            if flags[e] & STALE:
+                flags[e] &= ~STALE
+                key[e] = _score_key(
+                    _exact_score(
+                        kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
+                    )
+                )
+                if np.uint64(key[e]) < limit:
+                    _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
+                    queued += 1
+                continue
         p = _root(parent, uv[e, 0])
         q = _root(parent, uv[e, 1])
         merged_a[merges] = min(name[p], name[q])
@@ -632,12 +659,6 @@ def _agglomerate_canonical(
             continue
         for k in range(changed):
             f = touched[k]
-            flags[f] &= ~STALE
-            key[f] = _score_key(
-                _exact_score(
-                    kind, quantile, f, count, total, scale, value, start, length, bins, counts, chain, last, tally
-                )
-            )
             if np.uint64(key[f]) < limit:
                 _heap_push(heap, queued, (np.uint64(key[f]) << np.uint64(32)) | np.uint64(f))
                 queued += 1
@@ -658,7 +679,7 @@ def _chains(kind, edges, start):
     length = np.empty(n, np.int64)
     for e in range(n):
         length[e] = start[e + 1] - start[e]
-    return chain, last, length, np.zeros(BINS, np.int64)
+    return chain, last, length, np.zeros(2 * BINS + 1, np.int64)
 
 
 @njit(nogil=True, cache=True)

@@ -7,7 +7,7 @@ from numba import njit
 
 from emjax.postprocess.threads import check_threads, each, ranges
 from emjax.postprocess.volumes import LARGEST_ID, NEAREST, check_labels, nearest_channels
-from emjax.postprocess.watershed import _first_nan, _join, _label
+from emjax.postprocess.watershed import _first_nan, _join, _label, number_provisional
 
 
 @njit(nogil=True, cache=True)
@@ -142,28 +142,6 @@ def _join_equal_slabs(values, background, full, z, labels, parent):
                         _join(parent, labels[z, y, x], labels[z - 1, j, i])
 
 
-@njit(nogil=True, cache=True)
-def _flatten_range(parent, start, stop, last):
-    """Numbers the roots in a range of provisional labels from ``last + 1`` on; returns the last number given."""
-    for i in range(start, stop):
-        p = parent[i]
-        if p == i:
-            last += np.uint32(1)
-            parent[i] = last
-        else:
-            parent[i] = parent[p]
-    return last
-
-
-@njit(nogil=True, cache=True)
-def _look_up_slab(labels, parent, z0, z1):
-    for z in range(z0, z1):
-        for y in range(labels.shape[1]):
-            for x in range(labels.shape[2]):
-                if labels[z, y, x]:
-                    labels[z, y, x] = parent[labels[z, y, x]]
-
-
 def label_components(
     labels: np.ndarray, connectivity: int = 26, *, background: int = 0, threads: int = 1
 ) -> np.ndarray:
@@ -200,9 +178,5 @@ def label_components(
     ends = each(lambda z0, z1: _label_equal_slab(values, none, full, z0, z1, out, parent), slabs, threads)
     for z0, _ in slabs[1:]:
         _join_equal_slabs(values, none, full, z0, out, parent)
-    plane = values.shape[1] * values.shape[2]
-    last = np.uint32(0)
-    for (z0, _), end in zip(slabs, ends):
-        last = _flatten_range(parent, z0 * plane + 1, int(end), np.uint32(last))
-    each(lambda z0, z1: _look_up_slab(out, parent, z0, z1), slabs, threads)
+    number_provisional(out, parent, slabs, ends, threads)
     return out

@@ -94,19 +94,32 @@ def _flag_slab(az, ay, ax, low, high, inner, flags, z0, z1):
 
 
 @njit(nogil=True, cache=True)
-def _outlets(flags, height, width, start, stop, queue):
-    """Lists the plateau voxels in ``[start, stop)`` that drain to a voxel which does not drain back; returns how many."""
+def _outlets(flags, queue):
+    """Lists the plateau voxels that drain to a voxel which does not drain back; returns how many."""
+    depth, height, width = flags.shape
+    flat = flags.reshape(-1)
     steps = (-height * width, -width, -1, height * width, width, 1)
+    plateau = np.empty(width + 1, np.int64)
     count = 0
-    for i in range(start, stop):
-        f = flags[i]
-        if f & np.uint8(f - np.uint8(1)) == 0 or f & SATURATED:
-            continue
-        for d in range(6):
-            if f >> np.uint8(d) & 1 and not flags[i + steps[d]] >> np.uint8((d + 3) % 6) & 1:
-                queue[count] = i
-                count += 1
-                break
+    for z in range(depth):
+        for y in range(height):
+            row = flags[z, y]
+            n = 0
+            for x in range(width):
+                f = row[x]
+                plateau[n] = x
+                n += np.int64((f & np.uint8(f - np.uint8(1)) != 0) & (f & SATURATED == 0))
+            for k in range(n):
+                i = (z * height + y) * width + plateau[k]
+                f = flat[i]
+                # Which of the six neighbours drain back, in this voxel's own order of directions.
+                back = np.uint8(0)
+                for d in range(6):
+                    if f >> np.uint8(d) & 1:
+                        back |= (flat[i + steps[d]] >> np.uint8((d + 3) % 6) & np.uint8(1)) << np.uint8(d)
+                if f & ~back & DIRECTIONS:
+                    queue[count] = i
+                    count += 1
     return count
 
 
@@ -138,40 +151,17 @@ def _divide_plateaus(flags, height, width, queue, count):
 
 
 @njit(nogil=True, cache=True)
-def _link_row(flags, at, height, width, joins_y, joins_z, link):
-    """Bits 1, 2, 4 of ``link[x]``: the voxel is joined to its neighbour at -z, -y, -x. Returns the number of new labels."""
-    up = at - width if joins_y else at
-    back = at - height * width if joins_z else at
-    mask_y = np.uint8(2) if joins_y else np.uint8(0)
-    mask_z = np.uint8(1) if joins_z else np.uint8(0)
-    mask = np.uint8(4) | mask_y | mask_z
-    fresh = 0
-    f = flags[at]
-    bits = (f | ((flags[back] >> np.uint8(3)) & mask_z) | ((flags[up] >> np.uint8(3)) & mask_y)) & (mask_y | mask_z)
-    link[0] = bits
-    fresh += np.uint8(bits == 0) & np.uint8(f != 0)
-    for x in range(1, width):
-        f = flags[at + x]
-        bits = (
-            f
-            | ((flags[back + x] >> np.uint8(3)) & mask_z)
-            | ((flags[up + x] >> np.uint8(3)) & mask_y)
-            | ((flags[at + x - 1] >> np.uint8(3)) & np.uint8(4))
+def _link_row(me, up, back, above, link):
+    """Bits 1, 2, 4 of ``link[x]``: the voxel is joined to its neighbour at -z, -y, -x; bits 1, 2 only if in ``above``."""
+    mask = above | np.uint8(4)
+    link[0] = (me[0] | ((back[0] >> np.uint8(3)) & np.uint8(1)) | ((up[0] >> np.uint8(3)) & np.uint8(2))) & above
+    for x in range(1, me.size):
+        link[x] = (
+            me[x]
+            | ((back[x] >> np.uint8(3)) & np.uint8(1))
+            | ((up[x] >> np.uint8(3)) & np.uint8(2))
+            | ((me[x - 1] >> np.uint8(3)) & np.uint8(4))
         ) & mask
-        link[x] = bits
-        fresh += np.uint8(bits == 0) & np.uint8(f != 0)
-    return fresh
-
-
-@njit(nogil=True, cache=True)
-def _count_slab(flags, height, width, z0, z1):
-    """How many provisional labels ``_label_slab`` will use."""
-    link = np.empty(width, np.uint8)
-    fresh = 0
-    for z in range(z0, z1):
-        for y in range(height):
-            fresh += _link_row(flags, (z * height + y) * width, height, width, y > 0, z > z0, link)
-    return fresh
 
 
 @njit(nogil=True, cache=True)
@@ -189,52 +179,57 @@ def _join(parent, a, b):
 
 
 @njit(nogil=True, cache=True)
-def _label_slab(flags, height, width, z0, z1, labels, parent, first):
-    """Provisional labels ``first``, ``first + 1``, ... of the voxels of a slab, and which of them are one."""
+def _label_slab(flags, z0, z1, labels, parent):
+    """Provisional labels, from ``z0 * height * width + 1`` on, of a slab's voxels, and which are one; the last plus one."""
+    _, height, width = flags.shape
     link = np.empty(width, np.uint8)
-    fresh = np.uint32(first)
-    plane = height * width
+    fresh = np.uint32(z0 * height * width + 1)
     for z in range(z0, z1):
         for y in range(height):
-            at = (z * height + y) * width
-            _link_row(flags, at, height, width, y > 0, z > z0, link)
-            up = width if y > 0 else 0
-            back = plane if z > z0 else 0
+            me = flags[z, y]
+            up = flags[z, max(y - 1, 0)]
+            back = flags[max(z - 1, z0), y]
+            _link_row(me, up, back, np.uint8(z > z0) | np.uint8(2 * (y > 0)), link)
+            row = labels[z, y]
+            row_up = labels[z, max(y - 1, 0)]
+            row_back = labels[max(z - 1, z0), y]
             previous = np.uint32(0)
             for x in range(width):
-                i = at + x
                 bits = link[x]
-                above = labels[i - up]
-                behind = labels[i - back]
+                above = row_up[x]
+                behind = row_back[x]
                 parent[fresh] = fresh
-                label = fresh if flags[i] else np.uint32(0)
-                fresh += np.uint32(np.uint8(bits == 0) & np.uint8(flags[i] != 0))
+                label = fresh if me[x] else np.uint32(0)
+                fresh += np.uint32(np.uint8(bits == 0) & np.uint8(me[x] != 0))
                 label = behind if bits & 1 else label
                 label = above if bits & 2 else label
                 label = previous if bits & 4 else label
-                labels[i] = label
+                row[x] = label
                 previous = label
                 if bits & np.uint8(bits - np.uint8(1)):
                     if bits & 1 and behind != label:
                         _join(parent, behind, label)
                     if bits & 2 and above != label:
                         _join(parent, above, label)
+    return fresh
 
 
 @njit(nogil=True, cache=True)
-def _join_slabs(flags, height, width, z, labels, parent):
+def _join_slabs(flags, z, labels, parent):
     """Joins what is linked across the plane between sections ``z - 1`` and ``z``."""
-    plane = height * width
-    for i in range(z * plane, (z + 1) * plane):
-        if flags[i] & 1 or flags[i - plane] & 8:
-            _join(parent, labels[i], labels[i - plane])
+    for y in range(flags.shape[1]):
+        for x in range(flags.shape[2]):
+            if flags[z, y, x] & 1 or flags[z - 1, y, x] & 8:
+                _join(parent, labels[z, y, x], labels[z - 1, y, x])
 
 
 @njit(nogil=True, cache=True)
-def _flatten(parent, count):
-    """Turns the union-find (a parent is never larger than its child) into ids 1, 2, ... in order of the smallest member."""
-    last = np.uint32(0)
-    for i in range(1, count + 1):
+def _flatten(parent, start, stop, last):
+    """Turns provisional labels ``[start, stop)`` into ids that go on from ``last``, in order of the smallest member.
+
+    A parent is never larger than its child. Returns the last id given.
+    """
+    for i in range(start, stop):
         p = parent[i]
         if p == i:
             last += np.uint32(1)
@@ -245,9 +240,23 @@ def _flatten(parent, count):
 
 
 @njit(nogil=True, cache=True)
-def _look_up_slab(labels, lut, start, stop):
-    for i in range(start, stop):
-        labels[i] = lut[labels[i]]
+def _look_up_slab(labels, lut, z0, z1):
+    for z in range(z0, z1):
+        for y in range(labels.shape[1]):
+            row = labels[z, y]
+            for x in range(row.size):
+                row[x] = lut[row[x]]
+
+
+def number_provisional(labels, parent, slabs, ends, threads):
+    """Replaces the provisional labels of slabs, joined in ``parent``, by 1, 2, ... in raster order; returns their number."""
+    plane = labels.shape[1] * labels.shape[2]
+    parent[0] = 0
+    last = np.uint32(0)
+    for (z0, _), end in zip(slabs, ends):
+        last = _flatten(parent, z0 * plane + 1, int(end), np.uint32(last))
+    each(lambda z0, z1: _look_up_slab(labels, parent, z0, z1), slabs, threads)
+    return int(last)
 
 
 def _flags(channels, low, high, threads, inner=(False, False, False)):
@@ -282,31 +291,16 @@ def _first_nan(channels):
 
 def _label(flags, threads):
     """Basins of divided flags: ids 1, 2, ... in raster order of each basin's first voxel, 0 where no bit is set."""
-    depth, height, width = flags.shape
-    flat = flags.reshape(-1)
-    labels = np.empty(flat.size, np.uint32)
-    slabs = ranges(depth, threads)
-    counts = each(lambda z0, z1: _count_slab(flat, height, width, z0, z1), slabs, threads)
-    firsts = [1 + sum(counts[:slab]) for slab in range(len(slabs))]
-    # One more than is used: the kernel writes the next label before it knows whether it is needed. In a slab that label
-    # is the next slab's first, and the value written is the one which that slab writes.
-    parent = np.empty(sum(counts) + 2, np.uint32)
-    parent[0] = 0
-    each(
-        lambda z0, z1, first: _label_slab(flat, height, width, z0, z1, labels, parent, first),
-        [(z0, z1, first) for (z0, z1), first in zip(slabs, firsts)],
-        threads,
-    )
+    labels = np.empty(flags.shape, np.uint32)
+    # One entry for each voxel and one more, as the kernel writes the next label before it knows whether it is needed. Only
+    # the pages that hold labels in use become memory.
+    parent = np.empty(flags.size + 2, np.uint32)
+    slabs = ranges(flags.shape[0], threads)
+    ends = each(lambda z0, z1: _label_slab(flags, z0, z1, labels, parent), slabs, threads)
     for z0, _ in slabs[1:]:
-        _join_slabs(flat, height, width, z0, labels, parent)
-    count = _flatten(parent, sum(counts))
-    plane = height * width
-    each(
-        lambda z0, z1: _look_up_slab(labels, parent, z0 * plane, z1 * plane),
-        slabs,
-        threads,
-    )
-    return labels.reshape(flags.shape), int(count)
+        _join_slabs(flags, z0, labels, parent)
+    count = number_provisional(labels, parent, slabs, ends, threads)
+    return labels, count
 
 
 def divide_plateaus(flags: np.ndarray, plateau_voxels: int, threads: int = 1) -> None:
@@ -316,7 +310,7 @@ def divide_plateaus(flags: np.ndarray, plateau_voxels: int, threads: int = 1) ->
     _, height, width = flags.shape
     flat = flags.reshape(-1)
     queue = np.empty(plateau_voxels, np.int64)
-    count = _outlets(flat, height, width, 0, flat.size, queue)
+    count = _outlets(flags, queue)
     _divide_plateaus(flat, height, width, queue, count)
 
 
