@@ -17,6 +17,7 @@ import numpy as np
 
 from emjax import cli
 from emjax import config as configuration
+from emjax.data.pyramid import write_pyramid
 from emjax.data.volume import Volume, is_complete, open_volume, save_volume
 from emjax.errors import UserError
 from emjax.inference import segmentation
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> int:
     )
     settings.validate()
     thresholds = _thresholds(options, defaults, settings)
+    if options.pyramid and not (options.output.rstrip("/").endswith(".zarr") or "precomputed://" in options.output):
+        raise UserError(f"--pyramid: {options.output} has no levels; write NAME.zarr or precomputed://")
     if options.input is None:
         if options.checkpoint:
             raise UserError("--checkpoint needs --input IMAGE")
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--history", type=float, default=1.0, help="keep merges up to this threshold (default: %(default)s)"
     )
     parser.add_argument("--dust", type=int, default=0, metavar="VOXELS", help="smaller segments become 0")
+    parser.add_argument("--pyramid", action="store_true", help="also write coarser levels, for viewers")
     parser.add_argument("--mask", metavar="VOLUME", help="segment only where this is not 0")
     parser.add_argument(
         "--method",
@@ -239,6 +243,8 @@ def _write(
             "source": merges.plan["affinities"],
         }
         count = segmentation.write_labels(fragments, lut, target, attributes, replace, _cores())
+        if options.pyramid:
+            write_pyramid(target)
         print(f"{target}: {count} segments at threshold {threshold:g}")
 
 
@@ -295,6 +301,8 @@ def _save_labels(options: argparse.Namespace, volume: Volume, labels: np.ndarray
         attributes={"source": options.input, "method": "system"},
         overwrite=options.overwrite,
     )
+    if options.pyramid:
+        write_pyramid(options.output)
     print(f"{options.output}: {len(np.unique(labels[labels > 0]))} segments")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from emjax import cli, segment
 from emjax.data.affinities import create_affinities
+from emjax.data.pyramid import level_shapes
 from emjax.data.volume import mark_complete, open_volume, save_volume
 from emjax.errors import UserError
 from emjax.inference.blockwise import block_shape
@@ -181,6 +182,14 @@ def test_other_output_formats(stored, tmp_path):
         np.testing.assert_array_equal(
             open_volume(tmp_path / "other" / name)[...], open_volume(tmp_path / "labels.zarr")[...]
         )
+
+
+def test_levels_for_viewers(tmp_path):
+    stored = save(tmp_path / "affinities.zarr", affinities_of((12, 150, 140)))
+    run("--input", stored, "--output", tmp_path / "labels.zarr", "--pyramid")
+    assert len(level_shapes(str(tmp_path / "labels.zarr"))) > 1
+    with pytest.raises(UserError, match="--pyramid"):
+        run("--input", stored, "--output", tmp_path / "labels.h5", "--pyramid")
 
 
 def test_system_decoding_and_settings_from_a_config(stored, tmp_path):
