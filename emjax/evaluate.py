@@ -126,9 +126,9 @@ def main(arguments: list[str]) -> int:
                 raise UserError(
                     f"{other.spec} has the shape {other.spatial_shape}, {labels.spec} {labels.spatial_shape} (z, y, x)"
                 )
-        segmentation, labels, mask, image, affinities, fragments = (
-            None if volume is None else volume.crop(box)
-            for volume in (segmentation, labels, mask, image, affinities, fragments)
+        segmentation, labels = segmentation.crop(box), labels.crop(box)
+        mask, image, affinities, fragments = (
+            None if volume is None else volume.crop(box) for volume in (mask, image, affinities, fragments)
         )
     for extra in (image, affinities):
         if extra is not None and extra.spatial_shape != labels.spatial_shape:

@@ -208,9 +208,9 @@ def _agglomerate(
         executor = executor_of(options)
         block = whole_triple(options.segment_block, "--segment-block")
         block = block or block_shape(volume.spatial_shape, byte_size(options.memory) // max(executor.workers(), 1))
-        block = tuple(min(b, n) for b, n in zip(block, volume.spatial_shape))
+        z, y, x = (min(b, n) for b, n in zip(block, volume.spatial_shape))
         try:
-            segment_blockwise(volume, (spec, input_options), mask, settings, places, plan, block, executor)
+            segment_blockwise(volume, (spec, input_options), mask, settings, places, plan, (z, y, x), executor)
         finally:
             executor.close()
         if isinstance(executor, Stripes) and executor.index > 0:

@@ -115,7 +115,8 @@ def plan_axes(shape: Sequence[int], plan: Block) -> tuple[Axis, Axis, Axis]:
 
 def blocks_for(axes: Sequence[Axis], box: Box) -> list[Triple]:
     """The network's blocks that contribute to ``box``, in raster order."""
-    return list(itertools.product(*(axis.touching(part.start, part.stop) for axis, part in zip(axes, box))))
+    z, y, x = (axis.touching(part.start, part.stop) for axis, part in zip(axes, box))
+    return list(itertools.product(z, y, x))
 
 
 def input_box(axes: Sequence[Axis], blocks: Sequence[Triple]) -> Box:

@@ -321,7 +321,7 @@ def segment_blockwise(
     content = {**plan, "block": list(block)}
     work = Work(
         affinities=affinities,
-        mask=mask and mask.spec,
+        mask=None if mask is None else mask.spec,
         settings=settings,
         places=places,
         shape=shape,

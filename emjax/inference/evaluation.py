@@ -189,3 +189,6 @@ class Where:
 
     def read(self, box: tuple[slice, ...]) -> np.ndarray:
         return ((self.inner.read(box) != 0) == self.wanted).astype(np.uint8)
+
+    def write(self, box: tuple[slice, ...], array: np.ndarray) -> None:
+        raise UserError("a mask that is being read cannot be written")

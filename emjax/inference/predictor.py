@@ -202,7 +202,8 @@ def create_outputs(
             )
     except BaseException:
         for volume in made.values():
-            volume.output and volume.output.discard()
+            if volume.output is not None:
+                volume.output.discard()
         raise
     return made
 
@@ -265,8 +266,8 @@ class Blender:
         for name, values in predicted.items():
             chosen = values[tuple(sources)]
             if self.outputs[name].kind == "instances":
-                number = np.ravel_multi_index(block, [len(axis.starts) for axis in self.axes])
-                self._number_instances(name, int(number), chosen, tuple(targets))
+                place_of = int(np.ravel_multi_index(block, [len(axis.starts) for axis in self.axes]))
+                self._number_instances(name, place_of, chosen, tuple(targets))
                 continue
             for channel, total in enumerate(self._sums[name]):
                 part_of = chosen[..., channel]
@@ -340,7 +341,7 @@ class BlockPredictor:
             pixels = self.job.window(pixels)
         blender = Blender(axes, box, outputs)
         with self._compute:
-            waiting: list[tuple[list[Triple], dict[str, jax.Array]]] = []
+            waiting: list[tuple[Sequence[Triple], dict[str, jax.Array]]] = []
             for batch in _batched(blocks, network.batch):
                 if self.stop.is_set():
                     raise Stopped

@@ -146,7 +146,7 @@ def plan_of(volume: Volume, mask: Volume | None, settings: Settings, extra: Mapp
         "affinities": source,
         "prediction": volume.attributes.get("plan"),
         "shape": list(volume.shape),
-        "mask": mask and mask.spec,
+        "mask": None if mask is None else mask.spec,
         **dataclasses.asdict(settings),
         **extra,
     }

@@ -20,7 +20,8 @@ ZOOM = 128
 class Sections(Protocol):
     """What is drawn: an array, or a volume that reads when it is indexed."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
