@@ -3,16 +3,19 @@
     python eval/bench/sam2.py                                        # tiny at 256 x 256, encoder, on this machine
     python eval/bench/sam2.py --sizes tiny small base_plus large --pixels 256 512 --track
     python eval/bench/sam2.py --dtype bfloat16 --pixels 1024 --batch 8      # on a GPU
+    python eval/bench/sam2.py --lengths 4 4000                              # peak memory against the stack's length
 
 Prints per size: slices per second, achieved floating-point operations per second, peak memory, and the ratio to PyTorch
-(its time over ours; above 1 is faster than PyTorch). Both run in turns in one process with the same threads and random
-weights; the smallest of the repeats counts, as processor time on a CPU (robust on a shared machine) and wall time on an
-accelerator. Peak memory is that of a process of its own.
+(its time over ours; above 1 is faster than PyTorch). Both run in turns in one process with random weights; the smallest
+of the repeats counts: wall time on an accelerator, and on a CPU the processor time of all threads, which bears a shared
+machine. PyTorch then has one thread, because its waiting threads use processor time. Peak memory is that of a process
+of its own.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import platform
 import resource
 import subprocess
@@ -115,6 +118,8 @@ def torch_encoder(size: str, pixels: int, batch: int, dtype: str) -> Callable[[]
         backbone_channel_list=list(reversed(hiera.widths)),
         backbone_feature_sizes=[[grid, grid], [grid // 2, grid // 2], [grid // 4, grid // 4]],
     )
+    if jax.default_backend() == "cpu":
+        torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     torch.manual_seed(0)
     model = Sam2Model(Sam2Config(vision_config=vision)).vision_encoder
@@ -173,11 +178,40 @@ def tracking(size: str, pixels: int, dtype: str, objects: int, repeats: int, sli
     return slices / times["ours"]
 
 
+def stack_of(length: int, pixels: int = 64) -> None:
+    """Tracks one object through a stack of noise, made slice by slice, and prints the peak memory in MiB."""
+    from emjax.systems.sam2_prompts import Prompt
+    from emjax.systems.sam2_stack import Config, Tracker, network
+
+    config = Config(input_size=(pixels, pixels), batch=4, objects=1)
+
+    def read(first: int, end: int) -> np.ndarray:
+        return np.stack(
+            [np.random.default_rng(z).integers(0, 256, (pixels, pixels), np.uint8) for z in range(first, end)]
+        )
+
+    points = np.float32([[pixels / 2, pixels / 2]]), np.int32([1])
+    tracker = Tracker(config, network(config), read, (length, pixels, pixels), [Prompt(1, length // 2, *points)])
+    start = time.process_time()
+    tracker.labels(lambda z, labels: None)
+    seconds = time.process_time() - start
+    print(f"{seconds:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+
+
+def lengths(chosen: list[int]) -> None:
+    print(f"{machine()}; tiny at 64 x 64, one object prompted in the middle, both ways")
+    for length in chosen:
+        command = [sys.executable, __file__, "--stack", str(length)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        print(f"{length:6} slices: peak {float(found[-1]):6.0f} MiB, {float(found[-2]):8.1f} CPU seconds", flush=True)
+
+
 def machine() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{device.device_kind}, JAX {jax.__version__}"
-    found = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {found[0] if found else platform.processor()}, no GPU, JAX {jax.__version__}"
 
 
@@ -192,7 +226,15 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=1, help="objects tracked at once")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--peak", nargs=4, metavar=("SIZE", "PIXELS", "BATCH", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", nargs="+", type=int, help="peak memory of stacks of so many slices, nothing else")
+    parser.add_argument("--stack", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.stack:
+        stack_of(options.stack)
+        return
+    if options.lengths:
+        lengths(options.lengths)
+        return
     if options.peak:
         size, pixels, batch, dtype = options.peak
         one_encoding(size, int(pixels), int(batch), dtype)
