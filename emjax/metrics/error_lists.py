@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 
 from emjax.metrics.contingency import Contingency
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,8 @@ def _broken(table, owners, parts, owner_sizes, min_piece: int, limit: int | None
             Piece(
                 int(parts[row]),
                 int(table.counts[row]),
-                tuple(int(value) for value in table.first[row]),
-                tuple(float(value) for value in centroids[row]),
+                _triple(table.first[row].tolist()),
+                _triple(centroids[row].tolist()),
             )
             for row in rows[: listed[index]]
         )
@@ -111,3 +114,8 @@ def _broken(table, owners, parts, owner_sizes, min_piece: int, limit: int | None
             )
         )
     return result
+
+
+def _triple(values: list[Number]) -> tuple[Number, Number, Number]:
+    z, y, x = values
+    return z, y, x

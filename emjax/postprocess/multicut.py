@@ -57,6 +57,7 @@ def boundary_edge_features(
         if foreground.dtype != affinities.dtype:
             raise ValueError(f"foreground is {foreground.dtype} and affinities {affinities.dtype}; expected the same")
         affinities = np.minimum(affinities, foreground[None])
+    boundary: np.ndarray
     if affinities.dtype == np.uint8:
         boundary = np.uint8(255) - affinities
     else:
@@ -64,6 +65,7 @@ def boundary_edge_features(
         boundary = np.float32(1) - affinities.astype(np.float32, copy=False)
     graph = region_graph(boundary, fragments, threads=threads)
     size = graph.count.astype(np.float64)
+    assert graph.sum is not None
     return BoundaryEdges(graph.uv, graph.sum / (size * graph.scale), size)
 
 
@@ -187,24 +189,22 @@ def _greedy(nodes: int, uv: np.ndarray, costs: np.ndarray) -> np.ndarray:
     following = np.full(2 * edges, -1, np.int64)
     slots = 1 << max(4, int(4 * edges).bit_length())
     keys, values = np.full(slots, -1, np.int64), np.empty(slots, np.int64)
-    heap = np.empty(max(16, edges), np.float64), np.empty(max(16, edges), np.int64)
+    heap_weights, heap_edges = np.empty(max(16, edges), np.float64), np.empty(max(16, edges), np.int64)
     state = np.zeros(2, np.int64)
     _link(ends, first, last, degree, following, keys, values)
-    _fill_heap(weights, *heap, state)
+    _fill_heap(weights, heap_weights, heap_edges, state)
     state[1] = edges
-    while not _contract(ends, weights, parents, first, last, degree, following, keys, values, *heap, state):
+    while not _contract(
+        ends, weights, parents, first, last, degree, following, keys, values, heap_weights, heap_edges, state
+    ):
         # Stopped for want of room: in the heap, or in the table of pairs.
         if 2 * state[1] > len(keys):
-            keys, values = _larger_table(keys, values, ends, weights, parents, state)
-        heap = tuple(np.concatenate([part, np.empty_like(part)]) for part in heap)
+            keys, values = np.full(2 * len(keys), -1, np.int64), np.empty(2 * len(keys), np.int64)
+            state[1] = _rehash_edges(ends, keys, values)
+        heap_weights = np.concatenate([heap_weights, np.empty_like(heap_weights)])
+        heap_edges = np.concatenate([heap_edges, np.empty_like(heap_edges)])
     _flatten(parents)
     return _dense(parents)
-
-
-def _larger_table(keys, values, ends, weights, parents, state):
-    new_keys, new_values = np.full(2 * len(keys), -1, np.int64), np.empty(2 * len(keys), np.int64)
-    state[1] = _rehash_edges(ends, weights, parents, new_keys, new_values)
-    return new_keys, new_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +353,7 @@ def _link(ends, first, last, degree, following, keys, values):
 
 
 @numba.njit(nogil=True, cache=True)
-def _rehash_edges(ends, weights, parents, keys, values):
+def _rehash_edges(ends, keys, values):
     """Fills a table with the edges still alive; returns their number."""
     used = 0
     for edge in range(len(ends)):

@@ -34,7 +34,7 @@ def ordered_keys(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         narrow = np.ascontiguousarray(values, np.float32)
         if values.dtype.itemsize <= 4 or np.array_equal(narrow, values):
-            keys = np.empty(values.size, np.uint32)
+            keys: np.ndarray = np.empty(values.size, np.uint32)
             _float_keys(narrow.reshape(-1).view(np.uint32), np.uint32(1 << 31), keys)
         else:
             keys = np.empty(values.size, np.uint64)

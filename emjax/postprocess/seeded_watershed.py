@@ -429,8 +429,8 @@ def _levels(surface: np.ndarray, count: int | None) -> tuple[np.ndarray, int]:
         span = int(highest) - int(lowest)
         if span < max(BIOIMAGE_LEVELS, surface.size // 2):
             # Subtracted in uint64, where differences of large and of negative numbers both come out right.
-            levels = surface.astype(np.uint64) - np.array(lowest).astype(np.uint64)
-            return levels.astype(np.uint32), span + 1
+            above = surface.astype(np.uint64) - np.array(lowest).astype(np.uint64)
+            return above.astype(np.uint32), span + 1
     return dense_ranks(surface)
 
 
@@ -475,17 +475,17 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
     """
     wall = np.uint32(_WALL)
     one = np.uint64(1)
-    for voxel in range(len(labels)):
-        if labels[voxel] != 0 and labels[voxel] != wall:
-            level = np.int64(heights[voxel])
-            following[voxel] = -1
+    for seed in range(len(labels)):
+        if labels[seed] != 0 and labels[seed] != wall:
+            level = np.int64(heights[seed])
+            following[seed] = -1
             if head[level] < 0:
-                head[level] = voxel
+                head[level] = seed
                 words[level >> 6] |= one << np.uint64(level & 63)
                 groups[level >> 12] |= one << np.uint64((level >> 6) & 63)
             else:
-                following[tail[level]] = voxel
-            tail[level] = voxel
+                following[tail[level]] = seed
+            tail[level] = seed
     current = _next_level(0, words, groups)
     while current >= 0:
         voxel = np.int64(head[current])
@@ -520,11 +520,11 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
 def _flood_last_in(heights, labels, steps, newest, older):
     """Floods level by level, never downwards; each level is a stack, kept as a linked list."""
     wall = np.uint32(_WALL)
-    for voxel in range(len(labels)):
-        if labels[voxel] != 0 and labels[voxel] != wall:
-            level = np.int64(heights[voxel])
-            older[voxel] = newest[level]
-            newest[level] = voxel
+    for seed in range(len(labels)):
+        if labels[seed] != 0 and labels[seed] != wall:
+            level = np.int64(heights[seed])
+            older[seed] = newest[level]
+            newest[level] = seed
     for current in range(len(newest)):
         while newest[current] >= 0:
             voxel = np.int64(newest[current])
@@ -534,7 +534,7 @@ def _flood_last_in(heights, labels, steps, newest, older):
                 neighbour = voxel + steps[place]
                 if labels[neighbour] == 0:
                     labels[neighbour] = label
-                    level = max(np.int64(heights[neighbour]), current)
+                    level = max(np.int64(heights[neighbour]), np.int64(current))
                     older[neighbour] = newest[level]
                     newest[level] = neighbour
 
