@@ -170,8 +170,10 @@ def _start(config: Experiment, compiled: Compiled, checkpoints: Checkpoints) -> 
     if latest is not None:
         return checkpoints.restore(latest, compiled.state_shapes), latest
     if config.train.init_from:
-        variables = initial_variables(config.train.init_from, config)
-        return jax.device_put(with_parameters(config, variables), compiled.shardings), 0
+        # As host arrays, which every process may hand to a program over all devices.
+        variables = jax.device_get(initial_variables(config.train.init_from, config))
+        begin = jax.jit(lambda values: with_parameters(config, values), out_shardings=compiled.shardings)
+        return begin(variables), 0
     make = jax.jit(lambda key: fresh(config, key), out_shardings=compiled.shardings)
     return make(jax.random.key(config.seed)), 0
 
@@ -243,9 +245,8 @@ def _train(
     validator = _Validator(config, compiled, validation, records) if validation is not None else None
     progress = Progress(step, train.steps, config.data.batch_size * math.prod(config.data.crop))
     stop = Stop()
-    key = jax.device_put(
-        jax.random.key(config.seed + 1), jax.sharding.NamedSharding(compiled.mesh, jax.sharding.PartitionSpec())
-    )
+    everywhere = jax.sharding.NamedSharding(compiled.mesh, jax.sharding.PartitionSpec())
+    key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=everywhere)()
     batches = loader.iterate(step) if step < train.steps else iter(())
     waiting: tuple[int, dict] | None = None
     scores: Mapping[str, float] = {}
