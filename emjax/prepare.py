@@ -5,6 +5,8 @@ python -m emjax.prepare NAME --source DIR --output DIR  a downloaded data set, o
 python -m emjax.prepare volume --input A --output B     any volume into any format
 python -m emjax.prepare affinities --input A --output B --convention banis|seung|elf-boundary
 python -m emjax.prepare pyramid --input A               coarser levels beside a volume
+python -m emjax.prepare rescale --input A --output B --to Z,Y,X   other voxel size, in nm
+python -m emjax.prepare emneuron --source DIR           check EMNeuron as downloaded, write its manifests
 python -m emjax.prepare phantom --output OUT.zarr       synthetic neuropil: raw, labels, mitochondria
 """
 
@@ -13,6 +15,7 @@ import collections
 import dataclasses
 import glob
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from emjax import cli
+from emjax.data import emneuron
 from emjax.data.affinities import as_affinities, convention_offsets, create_affinities, from_convention, quantise
 from emjax.data.catalogue import CATALOGUE, Entry, Member, entry
 from emjax.data.files import open_hdf5
@@ -28,8 +32,9 @@ from emjax.data.intensity import as_uint8, percentile_window
 from emjax.data.location import FORMATS, locate
 from emjax.data.phantom import PhantomConfig, sectioned, write_phantom
 from emjax.data.pyramid import write_pyramid
+from emjax.data.rescale import rescale_image, rescale_labels, rescaled_shape
 from emjax.data.transfer import Summary, copy_labels, copy_volume, white_as_label
-from emjax.data.volume import Volume, blocks, common_region, open_volume, triple
+from emjax.data.volume import Volume, blocks, common_region, open_volume, save_volume, triple
 from emjax.errors import UserError
 from emjax.inference.options import bounding_box, byte_size, whole_triple
 
@@ -46,6 +51,8 @@ def main(arguments: list[str]) -> int:
         "affinities": prepare_affinities,
         "pyramid": prepare_pyramid,
         "phantom": prepare_phantom,
+        "rescale": prepare_rescaled,
+        "emneuron": prepare_emneuron,
     }
     if command.startswith("-"):
         raise UserError(f"the first argument is {command}; expected {', '.join(steps)} or the name of a data set")
@@ -547,6 +554,41 @@ def prepare_pyramid(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     shapes = write_pyramid(options.input, levels=options.levels, method=options.method)
     print(f"{options.input}: levels {', '.join('x'.join(map(str, shape)) for shape in shapes)}")
+    return cli.DONE
+
+
+def prepare_rescaled(arguments: list[str]) -> int:
+    """Writes a volume at another voxel size; the whole of it is held in memory."""
+    parser = cli.parser("prepare rescale", "A volume at another voxel size; ids by the nearest voxel (--labels).")
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--output", "--out", required=True)
+    parser.add_argument("--to", required=True, metavar="Z,Y,X", help="nm")
+    parser.add_argument("--labels", action="store_true", help="the volume holds ids, not grey values")
+    parser.add_argument("--voxel-size", metavar="Z,Y,X", help="nm; wins over what the file says")
+    parser.add_argument("--overwrite", action="store_true", help="replace a volume that is there")
+    options = parser.parse_args(arguments)
+    given = {"voxel_size": triple(options.voxel_size, "--voxel-size", positive=True)} if options.voxel_size else {}
+    volume = open_volume(options.input, **given).require_axes("zyx")
+    wanted = triple(options.to, "--to", positive=True)
+    shape = rescaled_shape(volume.shape, volume.require_voxel_size(), wanted)
+    made = (rescale_labels if options.labels else rescale_image)(volume[...], shape)
+    # Whole voxels: the size that was asked for is met up to the rounding of the shape.
+    size = tuple(v * n / m for v, n, m in zip(volume.require_voxel_size(), volume.shape, shape))
+    save_volume(options.output, made, voxel_size=size, offset=volume.offset, overwrite=options.overwrite)
+    print(open_volume(options.output).describe())
+    return cli.DONE
+
+
+def prepare_emneuron(arguments: list[str]) -> int:
+    """Manifests of EMNeuron as downloaded; with --output, copies of its volumes as for any other data set."""
+    if any(argument.startswith("--out") for argument in arguments):
+        return prepare_set(entry("emneuron"), arguments)
+    parser = cli.parser(
+        "prepare emneuron", "Checks the unpacked archives and writes labelled.json, unlabelled.json, validation.json."
+    )
+    parser.add_argument("--source", required=True, help="folder with labeled/ and valid/, unpacked")
+    for line in emneuron.prepare(pathlib.Path(parser.parse_args(arguments).source)):
+        print(line)
     return cli.DONE
 
 

@@ -3,13 +3,14 @@
 A system is a module of this room. Its ``Config`` is a frozen dataclass, and the module of a config object *is* the
 system: ``system_of(config).build(config, rngs)``. To add one, write a module with these names.
 
-More are optional. ``compose(config)`` gives the function ``(sampler, generator) -> sample`` that makes training samples,
-where one augmented crop is not all. ``inherits(config, other)`` says which parameters a run takes over from a run of
-another system (``train.init_from``). ``agglomeration(config)``, of a system whose ``decode`` is watershed and agglomeration of the
-output ``affinities``, gives ``low``, ``high``, ``score`` and ``threshold``: such a system is also segmented block by
-block and at other thresholds. ``segment_volume(config, model, image)``, of a system that cannot work by independent
-blocks, gives labels uint32 (z, y, x) of a whole image, uint8 or float32 in 0..1; the spine then neither predicts nor
-decodes.
+More are optional. ``compose(config)`` gives the function ``(sampler, generator) -> sample`` that makes training
+samples, where one augmented crop is not all. ``inherits(config, other)`` says which parameters a run takes over from a
+run of another system (``train.init_from``). ``domain(config, voxel_size)`` gives a warning for volumes of a voxel size
+that the system was not made for, or raises. ``agglomeration(config)``, of a system whose ``decode`` is watershed and
+agglomeration of the output ``affinities``, gives ``low``, ``high``, ``score`` and ``threshold``: such a system is also
+segmented block by block and at other thresholds. ``segment_volume(config, model, image)``, of a system that cannot work
+by independent blocks, gives labels uint32 (z, y, x) of a whole image, uint8 or float32 in 0..1; the spine then neither
+predicts nor decodes.
 """
 
 import dataclasses

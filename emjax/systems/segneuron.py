@@ -200,6 +200,18 @@ def block(config: Config) -> Block:
     return config.plan
 
 
+def domain(config: Config, voxel_size: tuple[float, float, float]) -> str | None:
+    """A warning if a volume should be rescaled before prediction; see :func:`rescaling`."""
+    wanted, line = rescaling(voxel_size)
+    if wanted == tuple(voxel_size):
+        return None
+    z, y, x = wanted
+    return (
+        f"warning: {line.partition(': ')[0]}; rescale first: python -m emjax.prepare rescale --to {z:g},{y:g},{x:g} "
+        "--input IMAGE --output RESCALED"
+    )
+
+
 def rescaling(voxel_size: tuple[float, float, float]) -> tuple[tuple[float, float, float], str]:
     """Voxel size (z, y, x) in nm to which a volume has to be rescaled for SegNeuron, and a line that says so.
 
@@ -218,7 +230,7 @@ def rescaling(voxel_size: tuple[float, float, float]) -> tuple[tuple[float, floa
     low, high = IN_PLANE_NM
     side = min(max((y * x) ** 0.5, low), high)
     if low <= y <= high and low <= x <= high:
-        return voxel_size, f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are within the trained 5 to 10 nm in plane"
+        return tuple(voxel_size), f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are within the trained 5 to 10 nm"
     wanted = (max(z, min(side, high)) if z < low else z, side, side)
     return wanted, (
         f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are outside of the trained 5 to 10 nm in plane: rescaled to "

@@ -132,4 +132,4 @@ FAMILY = Family(
     identify=_identify,
     network=network,
 )
-"""For ``python -m emjax.convert``. |a - b| and a + b leave no trace in a checkpoint; ``sub``, as published, is assumed."""
+"""For ``python -m emjax.convert``. Merging by ``sum`` leaves no trace; the published ``sub`` is assumed."""
