@@ -9,9 +9,9 @@ Prints a link and serves until Ctrl-C. With the extra ``view`` the viewer itself
 import argparse
 import importlib.util
 import os
-import pathlib
 import re
 import time
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from emjax.data.pyramid import level_shapes
 from emjax.data.volume import Volume, open_volume
 from emjax.errors import UserError
 from emjax.view import neuroglancer
-from emjax.view.server import Server, Shown
+from emjax.view.server import HOST, Server, Shown
 
 Triple = tuple[float, float, float]
 
@@ -86,26 +86,27 @@ def _coarser(
     return found
 
 
-def local_client() -> str | None:
-    """The folder of the viewer that the neuroglancer package brings, if it is installed."""
-    spec = importlib.util.find_spec("neuroglancer")
-    if spec is None or spec.origin is None:
-        return None
-    folder = pathlib.Path(spec.origin).parent / "static" / "client"
-    return str(folder) if (folder / "index.html").is_file() else None
-
-
-def links(server: Server, shown: list[Shown], base: str | None) -> list[str]:
-    """Addresses that open all volumes: the local viewer's where there is one, and the public one's (or ``base``)."""
+def state_of(server: Server, shown: list[Shown]) -> dict[str, Any]:
+    """The viewer's state: all volumes as layers, the first one's middle in view."""
     layers = [
         neuroglancer.layer(entry.name, f"precomputed://{server.address}/{entry.name}", entry.kind) for entry in shown
     ]
     volume, size = shown[0].scales[0]
     shape = volume.shape[-3:]
     position = [n / 2 + o / s for n, o, s in zip(shape, shown[0].offset, size)]
-    state = neuroglancer.state(layers, size, position, shape)
-    bases = [base] if base else ([f"{server.address}/v"] if local_client() else []) + [neuroglancer.DEMO]
-    return [neuroglancer.link(state, entry) for entry in bases]
+    return neuroglancer.state(layers, size, position, shape)
+
+
+def local_viewer(state: dict[str, Any]) -> Any:
+    """A viewer served by this process, by the neuroglancer package (extra ``view``); None without the package."""
+    if importlib.util.find_spec("neuroglancer") is None:
+        return None
+    import neuroglancer as package
+
+    package.set_server_bind_address(HOST)
+    viewer = package.Viewer()
+    viewer.set_state(state)
+    return viewer
 
 
 def main(arguments: list[str]) -> int:
@@ -121,22 +122,25 @@ def main(arguments: list[str]) -> int:
     pairs = [named(text) for text in options.volumes]
     names = [name for name, _ in pairs]
     for name in names:
-        if names.count(name) > 1 or name in ("v", "files"):
+        if names.count(name) > 1 or name == "files":
             raise UserError(f"two volumes are called {name!r} (or it is taken); write NAME=VOLUME")
     unknown = set((options.segmentation or []) + (options.image or [])) - set(names)
     if unknown:
         raise UserError(f"no volume is called {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     shown = [show(name, spec, options) for name, spec in pairs]
     try:
-        server = Server(shown, options.port, local_client(), print)
+        server = Server(shown, options.port, print)
     except OSError as error:
         raise UserError(f"--port {options.port}: {error.strerror or error}; choose another, or leave it out") from None
     with server:
         for entry in shown:
             files = f", files at {server.address}/files/{entry.name}/" if entry.folder else ""
             print(f"{entry.name} ({entry.kind}): precomputed://{server.address}/{entry.name}{files}")
-        for address in links(server, shown, options.ng_base):
-            print(f"\n{address}")
+        state = state_of(server, shown)
+        viewer = None if options.ng_base else local_viewer(state)
+        if viewer is not None:
+            print(f"\n{viewer.get_viewer_url()}\n\nor, with the viewer from the network:")
+        print(f"\n{neuroglancer.link(state, options.ng_base or neuroglancer.DEMO)}")
         print("\nserving on this machine only; Ctrl-C ends", flush=True)
         try:
             while True:

@@ -64,7 +64,7 @@ def state(
         "showSlices": False,
     }
     if extent is not None:
-        made["crossSectionScale"] = max(max(extent) / 800, 0.1)
+        made["crossSectionScale"] = max(max(extent) / 400, 0.1)
         made["projectionScale"] = float(1.5 * max(extent))
     return made
 

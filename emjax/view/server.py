@@ -111,8 +111,8 @@ def parse_chunk(name: str, shown: Shown, scale: int) -> tuple[slice, slice, slic
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, shown: Mapping[str, Shown], client: str | None, say: Callable[[str], None], *arguments: Any):
-        self.shown, self.client, self.say = shown, client, say
+    def __init__(self, shown: Mapping[str, Shown], say: Callable[[str], None], *arguments: Any):
+        self.shown, self.say = shown, say
         super().__init__(*arguments)
 
     def do_OPTIONS(self) -> None:
@@ -131,8 +131,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._file(self.shown[parts[1]].folder, parts[2:])
             elif parts and parts[0] in self.shown:
                 self._precomputed(self.shown[parts[0]], parts[1:])
-            elif self.client and parts[:1] == ["v"]:
-                self._file(self.client, parts[1:] or ["index.html"])
             else:
                 self._send(404, b"no such volume", "text/plain")
         except BrokenPipeError:
@@ -208,7 +206,6 @@ class Server:
     Args:
         shown: volumes, of different names.
         port: 0 takes a free one.
-        client: folder of a built Neuroglancer to serve under ``/v/``, or None.
         say: told of requests that failed.
     """
 
@@ -216,10 +213,9 @@ class Server:
         self,
         shown: list[Shown],
         port: int = 0,
-        client: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        handler = functools.partial(_Handler, {entry.name: entry for entry in shown}, client, say)
+        handler = functools.partial(_Handler, {entry.name: entry for entry in shown}, say)
         self._server = http.server.ThreadingHTTPServer((HOST, port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
