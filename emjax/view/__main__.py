@@ -141,8 +141,8 @@ def main(arguments: list[str]) -> int:
         if viewer is not None:
             print(f"\n{viewer.get_viewer_url()}\n\nor, with the viewer from the network:")
         print(f"\n{neuroglancer.link(state, options.ng_base or neuroglancer.DEMO)}")
-        print("\nserving on this machine only; Ctrl-C ends", flush=True)
         try:
+            print("\nserving on this machine only; Ctrl-C ends", flush=True)
             while True:
                 time.sleep(3600)
         except KeyboardInterrupt:

@@ -140,7 +140,7 @@ def test_the_command_prints_links_and_serves(tmp_path):
         assert source.startswith("http://127.0.0.1:")
         assert json.loads(request(f"{source}/info")[1])["scales"][0]["size"] == [8, 8, 8]
         process.send_signal(2)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
