@@ -27,6 +27,7 @@ KEY_SCALE = 2.0**31
 HUB = 256
 # Half-edges are numbered by uint32.
 LARGEST_EDGES = 2**31 - 1
+LARGEST_RUNS = 2**32 - 1
 LARGEST_QUEUE = 2**16
 
 
@@ -216,8 +217,8 @@ def _compact(e, start, length, bins, counts, chain, last, tally):
     runs = 0
     segment = np.uint32(e)
     while segment != NONE:
-        runs += length[segment]
-        for r in range(start[segment], start[segment] + length[segment]):
+        runs += np.int64(length[segment])
+        for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
             tally[bins[r]] += counts[r]
         segment = chain[segment]
     # The bins in use, ascending: from the runs themselves if they are few.
@@ -226,7 +227,7 @@ def _compact(e, start, length, bins, counts, chain, last, tally):
     if runs <= 32:
         segment = np.uint32(e)
         while segment != NONE:
-            for r in range(start[segment], start[segment] + length[segment]):
+            for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
                 b = np.int64(bins[r])
                 k = n
                 while k > 0 and used[k - 1] > b:
@@ -246,15 +247,15 @@ def _compact(e, start, length, bins, counts, chain, last, tally):
     k = 0
     segment = np.uint32(e)
     while k < n:
-        r = start[segment]
-        stop = min(start[segment + 1], r + n - k)
+        r = np.int64(start[segment])
+        stop = min(np.int64(start[segment + 1]), r + n - k)
         while r < stop:
             b = used[k]
             bins[r] = b
             counts[r] = np.uint32(tally[b])
             r += 1
             k += 1
-        length[segment] = r - start[segment]
+        length[segment] = r - np.int64(start[segment])
         last[e] = segment
         if k == n:
             chain[segment] = NONE
@@ -270,7 +271,7 @@ def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, 
         _compact(e, start, length, bins, counts, chain, last, tally)
     segment = np.uint32(e)
     while segment != NONE:
-        for r in range(start[segment], start[segment] + length[segment]):
+        for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
             total += counts[r]
             if total >= pivot:
                 return np.int64(bins[r])
@@ -278,7 +279,7 @@ def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, 
     return np.int64(BINS)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally):
     """1 - statistic in float64; from exact sums for the mean."""
     if kind == MEAN:
@@ -288,7 +289,7 @@ def _exact_score(kind, quantile, e, count, total, scale, value, start, length, b
     return 1.0 - (_quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally) + 0.5) / BINS
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _single_score(kind, quantile, e, count, value, start, length, bins, counts, chain, last, tally):
     """1 - statistic as waterz rounds it: float32, the subtraction in double."""
     if kind == QUANTILE:
@@ -297,7 +298,7 @@ def _single_score(kind, quantile, e, count, value, start, length, bins, counts, 
     return np.float32(1.0 - np.float64(value[e]))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
     """Adds the statistics of edge ``lost`` to ``kept``; returns whether the score of ``kept`` may have changed."""
     if kind == MAX:
@@ -458,7 +459,7 @@ def _heap_pop(heap, size):
     heap[i] = entry
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _score_key(score):
     """The order of canonical scores, in 32 bits."""
     scaled = score * KEY_SCALE
@@ -516,7 +517,7 @@ def _cheapest(
 
 @njit(nogil=True, cache=True)
 def _agglomerate_canonical(
-    uv, nodes, limit, kind, quantile, key, count, total, scale, value, start, bins, counts,
+    uv, nodes, limit, kind, quantile, key, count, total, scale, value, start, length, bins, counts, chain, last,
     merged_a, merged_b, merged_score, merged_key, flags, score, name, parent,
 ):  # fmt: skip
     """Merges all edges whose key is below ``limit``; returns how many merges.
@@ -541,7 +542,7 @@ def _agglomerate_canonical(
     # Filled when there is a first hub; until then its memory is not touched.
     table = np.empty(size, np.uint32)
     used = np.full(1, -1, np.int64)
-    chain, last, length, tally = _chains(kind, edges, start)
+    tally = np.zeros(2 * BINS + 1, np.int64)
     touched = np.empty(nodes + 1, np.uint32)
     best = np.full(nodes + 1, NONE, np.uint32)
     best_key = np.full(nodes + 1, NONE, np.uint32)
@@ -671,18 +672,6 @@ def _agglomerate_canonical(
 
 
 @njit(nogil=True, cache=True)
-def _chains(kind, edges, start):
-    """Histogram bookkeeping: the next and last segment of an edge's chain, the used length of each, and a scratch tally."""
-    n = edges if kind == QUANTILE else 0
-    chain = np.full(n, NONE, np.uint32)
-    last = np.arange(n).astype(np.uint32)
-    length = np.empty(n, np.int64)
-    for e in range(n):
-        length[e] = start[e + 1] - start[e]
-    return chain, last, length, np.zeros(2 * BINS + 1, np.int64)
-
-
-@njit(nogil=True, cache=True)
 def _float_key(score):
     """The order of float32 scores, in 32 bits (0.0 and -0.0 are one)."""
     bits = np.array([score + np.float32(0)], np.float32).view(np.uint32)[0]
@@ -732,7 +721,8 @@ def _queue_bin(score, levels):
 
 @njit(nogil=True, cache=True)
 def _agglomerate_waterz(
-    uv, nodes, threshold, kind, quantile, key, count, value, start, bins, counts, levels,
+    uv, nodes, threshold, kind, quantile, key, count, value,
+    start, length, bins, counts, chain, last, levels,
     merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
 ):  # fmt: skip
     """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges."""
@@ -752,7 +742,7 @@ def _agglomerate_waterz(
     # Filled when there is a first hub; until then its memory is not touched.
     table = np.empty(size, np.uint32)
     used = np.full(1, -1, np.int64)
-    chain, last, length, tally = _chains(kind, edges, start)
+    tally = np.zeros(2 * BINS + 1, np.int64)
     total = np.empty(0, np.int64)
     heap = np.empty(0 if levels else edges, np.uint64)
     link = np.empty(edges if levels else 0, np.uint32)
@@ -872,7 +862,7 @@ def agglomerate(
     state = np.empty((edges, 4), np.uint32)
     total, value = state.view(np.int64)[:, 0], state.view(np.float32)[:, 0]
     count, key = state[:, 2], state[:, 3]
-    start, bins, counts = _load_statistics(graph, scoring, ties, count, total, value)
+    runs = _load_statistics(graph, scoring, ties, count, total, value)
     merged_a = np.empty(min(graph.nodes, edges), np.uint32)
     merged_b = np.empty_like(merged_a)
     flags = np.zeros(edges, np.uint8)
@@ -885,7 +875,7 @@ def agglomerate(
         scores = np.empty(edges if remaining else 0, np.float64)
         merges = _agglomerate_canonical(
             graph.uv, graph.nodes, limit, scoring.kind, scoring.quantile, key, count, total, float(graph.scale), value,
-            start, bins, counts, merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
+            *runs, merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
         )  # fmt: skip
         # The merges of a segment come before those that it takes part in, also among equal keys.
         order = np.argsort(merged_key[:merges], kind="stable")
@@ -897,7 +887,7 @@ def agglomerate(
         scores = np.empty(edges, np.float32)
         merges = _agglomerate_waterz(
             graph.uv, graph.nodes, np.float32(most), scoring.kind, scoring.quantile, key, count, value,
-            start, bins, counts, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
+            *runs, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
             flags, scores, name, parent,
         )  # fmt: skip
     left_uv = left_score = None
@@ -920,7 +910,7 @@ def agglomerate(
 
 
 def _load_statistics(graph, scoring, ties, count, total, value):
-    """Fills the working statistics; returns the histograms (start, bins, counts), empty if the score has none."""
+    """Fills the working statistics; returns ``_histogram_state``, empty if the score needs none."""
     lacking = {
         "mean": graph.sum is None,
         "running_mean": graph.running_mean is None,
@@ -940,10 +930,26 @@ def _load_statistics(graph, scoring, ties, count, total, value):
         value[:] = graph.max
     elif scoring.initial_maximum:
         count[:] = 1
-        return np.arange(count.size + 1), _bins(graph.max), np.ones(count.size, np.uint32)
+        return _histogram_state(np.arange(count.size + 1), _bins(graph.max), np.ones(count.size, np.uint32))
     else:
-        return graph.histograms.start, graph.histograms.bins.copy(), graph.histograms.counts.copy()
-    return np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32)
+        runs = graph.histograms
+        return _histogram_state(runs.start, runs.bins.copy(), runs.counts.copy())
+    return _histogram_state(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32))
+
+
+def _histogram_state(start, bins, counts):
+    """(start, length, bins, counts, next segment, last segment): histograms of edges that can be chained to one another.
+
+    What is known of an edge lies together in memory.
+    """
+    if bins.size > LARGEST_RUNS:
+        raise ValueError(f"graph has {bins.size} histogram entries; expected at most {LARGEST_RUNS}")
+    state = np.empty((start.size, 4), np.uint32)
+    state[:, 0] = start
+    state[:-1, 1] = np.diff(start)
+    state[:, 2] = NONE
+    state[:, 3] = np.arange(start.size)
+    return state[:, 0], state[:, 1], bins, counts, state[:, 2], state[:, 3]
 
 
 @njit(nogil=True, cache=True)
