@@ -14,6 +14,9 @@ def radix_sort(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns:
       Sorted keys and their values: the arrays given, or as large ones that were made on the way.
     """
+    if keys.dtype == np.uint32 and values.dtype == np.uint32:
+        pairs = _sorted_pairs(_packed(keys, values))
+        return (pairs >> np.uint64(32)).astype(np.uint32), pairs.astype(np.uint32)
     other_keys, other_values = np.empty_like(keys), np.empty_like(values)
     for shift in range(0, 8 * keys.itemsize, 11):
         if _pass(keys, values, other_keys, other_values, shift):
@@ -47,11 +50,64 @@ def ordered_keys(values: np.ndarray) -> np.ndarray:
 
 def dense_ranks(values: np.ndarray) -> tuple[np.ndarray, int]:
     """The rank of each value among the distinct values, uint32 of the same shape; and the number of distinct values."""
-    keys, order = radix_sort(
-        ordered_keys(values), np.arange(values.size, dtype=np.int32 if values.size < 2**31 else np.int64)
-    )
+    keys = ordered_keys(values)
     ranks = np.empty(values.size, np.uint32)
+    if keys.dtype == np.uint32 and values.size < 2**32:
+        pairs = _sorted_pairs(_packed(keys, np.arange(values.size, dtype=np.uint32)))
+        return ranks.reshape(values.shape), int(_number_pairs(pairs, ranks))
+    keys, order = radix_sort(keys, np.arange(values.size, dtype=np.int64))
     return ranks.reshape(values.shape), int(_number_sorted(keys, order, ranks))
+
+
+def _sorted_pairs(pairs: np.ndarray) -> np.ndarray:
+    """Stable by the upper halves; one stream through memory for key and value together."""
+    other = np.empty_like(pairs)
+    for shift in (32, 43, 54):
+        if _pass_pairs(pairs, other, shift):
+            pairs, other = other, pairs
+    return pairs
+
+
+@numba.njit(nogil=True, cache=True)
+def _packed(keys, values):
+    pairs = np.empty(len(keys), np.uint64)
+    for place in range(len(keys)):
+        pairs[place] = np.uint64(keys[place]) << np.uint64(32) | np.uint64(values[place])
+    return pairs
+
+
+@numba.njit(nogil=True, cache=True)
+def _pass_pairs(pairs, sorted_pairs, shift):
+    """As ``_pass``, key and value in one number."""
+    starts = np.zeros(2048, np.uint64)
+    by, digits = np.uint64(shift), np.uint64(2047)
+    for pair in pairs:
+        starts[(pair >> by) & digits] += np.uint64(1)
+    if starts.max() == len(pairs):
+        return False
+    total = np.uint64(0)
+    for digit in range(2048):
+        here = starts[digit]
+        starts[digit] = total
+        total += here
+    for pair in pairs:
+        digit = (pair >> by) & digits
+        sorted_pairs[starts[digit]] = pair
+        starts[digit] += np.uint64(1)
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _number_pairs(pairs, ranks):
+    rank = 0
+    last = pairs[0] >> np.uint64(32) if len(pairs) else np.uint64(0)
+    for pair in pairs:
+        key = pair >> np.uint64(32)
+        if key != last:
+            rank += 1
+            last = key
+        ranks[pair & np.uint64(0xFFFFFFFF)] = rank
+    return rank + 1
 
 
 @numba.njit(nogil=True, cache=True)

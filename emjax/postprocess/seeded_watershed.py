@@ -385,7 +385,7 @@ def _flooded(
     # A wall around the volume saves the tests for its edges.
     inner = (slice(1, -1),) * surface.ndim
     padded = tuple(side + 2 for side in surface.shape)
-    labels, heights = np.full(padded, _WALL, np.uint32), np.empty(padded, np.uint32)
+    labels, heights = np.full(padded, _WALL, np.uint32), np.empty(padded, np.uint16 if count <= 1 << 16 else np.uint32)
     labels[inner] = seeds
     heights[inner] = ranks
     if mask is not None:
@@ -486,7 +486,9 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
             else:
                 following[tail[level]] = seed
             tail[level] = seed
-    current = _next_level(0, words, groups)
+    moves = steps.view(np.uint64)
+    six, twelve, mask = np.uint64(6), np.uint64(12), np.uint64(63)
+    current = np.int64(_next_level(0, words, groups))
     while current >= 0:
         voxel = np.int64(head[current])
         if voxel < 0:
@@ -496,24 +498,25 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
                 groups[word >> 6] &= ~(one << np.uint64(word & 63))
             current = _next_level(current, words, groups)
             continue
-        head[current] = following[voxel]
-        label = labels[voxel]
-        lowest = current
+        here = np.uint64(voxel)
+        head[current] = following[here]
+        label = labels[here]
+        lowest = np.uint64(current)
         for place in range(len(steps)):
-            neighbour = voxel + steps[place]
+            neighbour = here + moves[place]
             if labels[neighbour] == 0:
                 labels[neighbour] = label
-                level = np.int64(heights[neighbour])
+                level = np.uint64(heights[neighbour])
                 following[neighbour] = -1
                 if head[level] < 0:
                     head[level] = neighbour
-                    words[level >> 6] |= one << np.uint64(level & 63)
-                    groups[level >> 12] |= one << np.uint64((level >> 6) & 63)
+                    words[level >> six] |= one << (level & mask)
+                    groups[level >> twelve] |= one << ((level >> six) & mask)
                     lowest = min(lowest, level)
                 else:
-                    following[tail[level]] = neighbour
+                    following[np.uint64(tail[level])] = neighbour
                 tail[level] = neighbour
-        current = lowest
+        current = np.int64(lowest)
 
 
 @numba.njit(nogil=True, cache=True)
