@@ -51,10 +51,14 @@ def check_prompts(prompts: Sequence[Prompt], shape: tuple[int, int, int], where:
 
 
 def _array(entry: Mapping[str, Any], key: str, width: int, where: str) -> np.ndarray:
+    wrong = UserError(f"{where}: {key} is {entry.get(key)!r}; expected {width} numbers each")
     try:
-        return np.asarray(entry.get(key, []), np.float32).reshape(-1, width)
+        found = np.asarray(entry.get(key, []), np.float32)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {key} is {entry[key]!r}; expected {width} numbers each") from None
+        raise wrong from None
+    if found.size and (found.ndim > 2 or found.shape[-1] != width):
+        raise wrong
+    return found.reshape(-1, width)
 
 
 def _mask_of_layer(spec: str, z: int, number: int | None, shape: tuple[int, int]) -> Callable[[], np.ndarray]:
