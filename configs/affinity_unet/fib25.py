@@ -2,12 +2,15 @@
 
     python -m emjax.train --config configs/affinity_unet/fib25.py --workdir runs/fib25          # one GPU
     python -m emjax.train --config configs/affinity_unet/fib25.py:cpu --workdir runs/fib25_cpu  # 2 CPU cores
+    python -m emjax.train --config configs/affinity_unet/fib25.py:cpu_second --workdir runs/fib25_cpu2 \\
+        --config.train.init_from=runs/fib25_cpu
 
 Then ``eval/affinity_unet.py fib25 --workdir ...`` predicts ``val.h5``, chooses the threshold there, and writes
 ``eval/results/affinity_unet_fib25.md``, which has hardware, times and scores.
 
 Variants: "" (full resolution, meant for a GPU; not trained by us so far), "cpu" (the network works on a grid folded by
-two, a step costs an eighth), "debug" (a minute, for a look at the machinery).
+two, a step costs an eighth), "cpu_second" (goes on from it without class balancing), "debug" (a minute, for a look at
+the machinery).
 Data: ``EMJAX_DATA`` (default ``../shared/data``) must hold ``fib25_medulla``.
 """
 
@@ -82,6 +85,14 @@ def get_config(variant: str = "") -> Experiment:
     )
     if variant == "cpu":
         return cpu
+    if variant == "cpu_second":
+        # Calibrated affinities: balanced training makes membranes fat, and thin processes vanish in them.
+        return dataclasses.replace(
+            cpu,
+            system=dataclasses.replace(cpu.system, class_balance=False),
+            optimizer=Optimizer(lr=1e-3, warmup_steps=20, weight_decay=1e-2),
+            train=Train(steps=260, ema=0.98, log_every=10, validate_every=65, save_every=65),
+        )
     if variant == "debug":
         return dataclasses.replace(cpu, train=Train(steps=10, log_every=2, validate_every=5, save_every=5))
-    raise variant_error(variant, ["", "cpu", "debug"])
+    raise variant_error(variant, ["", "cpu", "cpu_second", "debug"])
