@@ -65,23 +65,26 @@ def centred_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
 
 
 def block_weights(
-    starts: Sequence[int], length: int, size: int, halo: int, blending: str, sigma: float = 0.25
+    starts: Sequence[int], length: int, size: int, halo: int, blending: str, sigma: float = 0.25, stride: int = 0
 ) -> np.ndarray:
     """Weights (blocks, size) along one axis.
 
-    ``"crop"``: 1 for voxels nearer to this block's centre than to its neighbours', else 0 (ties: the later block).
+    ``"crop"``: 1 for voxels nearer to this block's centre than to its neighbours', else 0 (ties: the later block). With
+    ``stride``, the last block counts as if it had not been moved back: cores then meet at whole strides, and with them
+    the blocks that are written, which no network block straddles.
     ``"linear"``: falls from the centre to the halo, 1 / (size of the inner part) at its outermost voxel.
     ``"gaussian"``: exp(-d^2 / 2 (sigma * size)^2) of the distance d from the centre.
     ``"gaussian_plus"``, ``"gaussian_least"``: exp(-c^2 / 2 sigma^2) of the coordinate c, -1..1 from border to border.
     Outside of the region and in the halo weights are 0, except that crop never leaves a voxel of the region without.
     """
     weights = np.zeros((len(starts), size), np.float32)
+    regular = [starts[0] + number * stride for number in range(len(starts))] if stride else list(starts)
     for number, first in enumerate(starts):
         voxel = np.arange(size)
         inside = (voxel >= halo) & (voxel < size - halo)
         if blending == "crop":
-            low = 0 if number == 0 else (starts[number - 1] + first + size) // 2
-            high = length if number == len(starts) - 1 else (first + starts[number + 1] + size) // 2
+            low = 0 if number == 0 else (regular[number - 1] + regular[number] + size) // 2
+            high = length if number == len(starts) - 1 else (regular[number] + regular[number + 1] + size) // 2
             weights[number] = inside & (first + voxel >= low) & (first + voxel < high)
         elif blending == "linear":
             distance = np.abs(voxel - (size - 1) / 2)
@@ -107,7 +110,7 @@ def plan_axes(shape: Sequence[int], plan: Block) -> tuple[Axis, Axis, Axis]:
             starts = centred_starts(length, size, stride)
         else:
             starts = block_starts(length, size, stride, halo)
-        weights = block_weights(starts, length, size, halo, plan.blending, plan.sigma)
+        weights = block_weights(starts, length, size, halo, plan.blending, plan.sigma, stride)
         rule = plan.blending.partition("_")[2]
         axes.append(Axis(length, size, starts, weights, rule, plan.floor if rule else 0.0))
     return axes[0], axes[1], axes[2]

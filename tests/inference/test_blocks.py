@@ -26,11 +26,11 @@ def lines(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(lines(), st.sampled_from(["crop", "linear", "gaussian"]))
-def test_every_voxel_has_a_weight_and_no_halo_counts(line, blending):
+@given(lines(), st.sampled_from(["crop", "linear", "gaussian"]), st.booleans())
+def test_every_voxel_has_a_weight_and_no_halo_counts(line, blending, whole):
     length, size, stride, halo = line
     starts = block_starts(length, size, stride, halo)
-    weights = block_weights(starts, length, size, halo, blending)
+    weights = block_weights(starts, length, size, halo, blending, stride=whole * stride)
     total = np.zeros(length)
     for start, weight in zip(starts, weights):
         assert not weight[:halo].any()
@@ -52,6 +52,16 @@ def test_crop_gives_each_voxel_to_the_nearest_centre():
         ]
         assert len(owner) == 1
         assert abs(centres[owner[0]] - voxel) == np.abs(centres - voxel).min()
+
+
+def test_cropped_blocks_straddle_no_written_block():
+    plan = Block(size=(32, 128, 128), stride=(30, 126, 126), halo=(1, 1, 1))
+    shape = (96, 512, 1536)
+    axes = plan_axes(shape, plan)
+    grid = plan_grid(shape, plan, 30, 100_000_000)
+    assert len(grid) > 4
+    whole = math.prod(len(axis.starts) for axis in axes)
+    assert sum(len(blocks_for(axes, grid.box(index))) for index in grid.indices()) == whole
 
 
 def test_the_last_block_sees_real_voxels():
