@@ -270,7 +270,8 @@ def _reduce_sorted(order, labels, segments, counts, first, sums):
 def _count_part(segmentation, labels, mask, offset, first_row: int, last_row: int) -> Contingency:
     """Counts the rows (z, y) number ``first_row`` to ``last_row`` in raster order."""
     height, width = labels.shape[1:]
-    table = _table(_FIRST_CAPACITY)
+    # Open addressing; one row holds a pair: label, segment, count, first z, y, x, sums of z, y, x.
+    table = np.zeros((_FIRST_CAPACITY, 9), np.int64)
     used = 0
     if width == 0 or height == 0:
         return empty_contingency()
@@ -286,59 +287,42 @@ def _count_part(segmentation, labels, mask, offset, first_row: int, last_row: in
         m = np.ascontiguousarray(mask[here] != 0) if mask is not None else np.zeros((0, 0), np.bool_)
         done = 0
         while done < len(a):
-            done, used = _count_rows(a, b, m, done, used, z + offset[0], y + offset[1], offset[2], *table)
+            done, used = _count_rows(a, b, m, done, used, z + offset[0], y + offset[1], offset[2], table)
             if done < len(a):
                 table = _grown(table)
         row += stop - y
-    keep = table[2] > 0
-    return _reduce(*(column[keep] for column in table))
+    rows = table[table[:, 2] > 0]
+    return _reduce(rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64), rows[:, 2], rows[:, 3:6], rows[:, 6:9])
 
 
-def _table(capacity: int) -> tuple[NDArray, ...]:
-    return (
-        np.zeros(capacity, np.uint64),
-        np.zeros(capacity, np.uint64),
-        np.zeros(capacity, np.int64),
-        np.zeros((capacity, 3), np.int64),
-        np.zeros((capacity, 3), np.int64),
-    )
-
-
-def _grown(table: tuple[NDArray, ...]) -> tuple[NDArray, ...]:
-    larger = _table(4 * len(table[2]))
-    _rehash(*table, *larger)
+def _grown(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    larger = np.zeros((4 * len(table), 9), np.int64)
+    _rehash(table, larger)
     return larger
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
-def _slot(a, b, keys_a, keys_b, counts):
-    """The slot of a pair, or the empty slot where it belongs."""
-    bits = np.uint64(len(counts) - 1)
-    mixed = (a * np.uint64(0x9E3779B97F4A7C15)) ^ (b * np.uint64(0xC2B2AE3D27D4EB4F))
+@numba.njit(nogil=True, cache=True)
+def _hash(label, segment):
+    mixed = (label * np.uint64(0x9E3779B97F4A7C15)) ^ (segment * np.uint64(0xC2B2AE3D27D4EB4F))
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(32)
-    slot = mixed & bits
-    while counts[slot] > 0 and (keys_a[slot] != a or keys_b[slot] != b):
-        slot = (slot + np.uint64(1)) & bits
-    return slot
+    return mixed ^ (mixed >> np.uint64(32))
 
 
 @numba.njit(nogil=True, cache=True)
-def _rehash(old_a, old_b, old_counts, old_first, old_sums, keys_a, keys_b, counts, first, sums):
-    for index in range(len(old_counts)):
-        if old_counts[index] > 0:
-            slot = _slot(old_a[index], old_b[index], keys_a, keys_b, counts)
-            keys_a[slot] = old_a[index]
-            keys_b[slot] = old_b[index]
-            counts[slot] = old_counts[index]
-            for axis in range(3):
-                first[slot, axis] = old_first[index, axis]
-                sums[slot, axis] = old_sums[index, axis]
+def _rehash(table, larger):
+    bits = np.uint64(len(larger) - 1)
+    for index in range(len(table)):
+        if table[index, 2] > 0:
+            slot = _hash(np.uint64(table[index, 0]), np.uint64(table[index, 1])) & bits
+            while larger[slot, 2] > 0:
+                slot = (slot + np.uint64(1)) & bits
+            for column in range(9):
+                larger[slot, column] = table[index, column]
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_rows(a, b, mask, start, used, z, y, x, keys_a, keys_b, counts, first, sums):
+def _count_rows(a, b, mask, start, used, z, y, x, table):
     """Counts rows from ``start`` on; returns the next row and the number of slots used.
 
     Runs of equal pairs along x are counted at once. Stops before a row that might fill more than half of the table,
@@ -346,7 +330,8 @@ def _count_rows(a, b, mask, start, used, z, y, x, keys_a, keys_b, counts, first,
     """
     height, width = a.shape
     masked = len(mask) > 0
-    limit = len(counts) // 2
+    limit = len(table) // 2
+    bits = np.uint64(len(table) - 1)
     for row in range(start, height):
         if used + width > limit:
             distinct = _runs(a, b, row)
@@ -367,19 +352,21 @@ def _count_rows(a, b, mask, start, used, z, y, x, keys_a, keys_b, counts, first,
                 and (not masked or mask[row, column])
             ):
                 column += 1
-            slot = _slot(label, segment, keys_a, keys_b, counts)
-            if counts[slot] == 0:
+            slot = _hash(label, segment) & bits
+            while table[slot, 2] > 0 and (np.uint64(table[slot, 0]) != label or np.uint64(table[slot, 1]) != segment):
+                slot = (slot + np.uint64(1)) & bits
+            if table[slot, 2] == 0:
                 used += 1
-                keys_a[slot] = label
-                keys_b[slot] = segment
-                first[slot, 0] = z
-                first[slot, 1] = y + row
-                first[slot, 2] = x + begin
+                table[slot, 0] = np.int64(label)
+                table[slot, 1] = np.int64(segment)
+                table[slot, 3] = z
+                table[slot, 4] = y + row
+                table[slot, 5] = x + begin
             length = column - begin
-            counts[slot] += length
-            sums[slot, 0] += z * length
-            sums[slot, 1] += (y + row) * length
-            sums[slot, 2] += x * length + (begin + column - 1) * length // 2
+            table[slot, 2] += length
+            table[slot, 6] += z * length
+            table[slot, 7] += (y + row) * length
+            table[slot, 8] += x * length + (begin + column - 1) * length // 2
     return height, used
 
 

@@ -490,7 +490,7 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
     six, twelve, mask = np.uint64(6), np.uint64(12), np.uint64(63)
     current = np.int64(_next_level(0, words, groups))
     while current >= 0:
-        voxel = np.int64(head[current])
+        voxel = head[current]
         if voxel < 0:
             word = current >> 6
             words[word] &= ~(one << np.uint64(current & 63))
@@ -506,16 +506,16 @@ def _flood_first_in(heights, labels, steps, head, tail, following, words, groups
             neighbour = here + moves[place]
             if labels[neighbour] == 0:
                 labels[neighbour] = label
-                level = np.uint64(heights[neighbour])
+                height = np.uint64(heights[neighbour])
                 following[neighbour] = -1
-                if head[level] < 0:
-                    head[level] = neighbour
-                    words[level >> six] |= one << (level & mask)
-                    groups[level >> twelve] |= one << ((level >> six) & mask)
-                    lowest = min(lowest, level)
+                if head[height] < 0:
+                    head[height] = neighbour
+                    words[height >> six] |= one << (height & mask)
+                    groups[height >> twelve] |= one << ((height >> six) & mask)
+                    lowest = min(lowest, height)
                 else:
-                    following[np.uint64(tail[level])] = neighbour
-                tail[level] = neighbour
+                    following[np.uint64(tail[height])] = neighbour
+                tail[height] = neighbour
         current = np.int64(lowest)
 
 

@@ -187,7 +187,7 @@ def tables(affinities: np.ndarray, repeat: int) -> None:
     segmentation, _ = superhuman_fragments(affinities)
     labels, _ = lsd_fragments(affinities)
     calls = {
-        "emjax, all scores": lambda: score(segmentation, labels),
+        "emjax": lambda: score(segmentation, labels),
         "scikit-image, VOI alone": lambda: skimage.metrics.variation_of_information(labels, segmentation),
     }
     compare("scores", labels.size / 1e6, "MVox", calls, repeat)
