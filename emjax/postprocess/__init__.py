@@ -18,14 +18,29 @@ from emjax.postprocess.blockwise import (
     unique_ids,
 )
 from emjax.postprocess.components import connected_components, label_components
+from emjax.postprocess.multicut import (
+    BoundaryEdges,
+    boundary_edge_features,
+    multicut,
+    multicut_costs,
+    multicut_energy,
+)
+from emjax.postprocess.mutex_watershed import mutex_watershed
 from emjax.postprocess.region_graph import Graph, Histograms, region_graph, region_sizes
 from emjax.postprocess.relabel import apply, renumber
+from emjax.postprocess.seeded_watershed import (
+    distance_transform_watershed,
+    lsd_fragments,
+    seeded_watershed,
+    superhuman_fragments,
+)
 from emjax.postprocess.size_merge import size_merge
 from emjax.postprocess.watershed import watershed
 
 __all__ = [
     "Block",
     "BlockFragments",
+    "BoundaryEdges",
     "FaceLinks",
     "Graph",
     "Histograms",
@@ -38,20 +53,29 @@ __all__ = [
     "block_fragments",
     "block_graph",
     "border_affinities",
+    "boundary_edge_features",
     "connected_components",
+    "distance_transform_watershed",
     "face_links",
     "grid",
     "join_fragments",
     "label_components",
     "label_components_blockwise",
+    "lsd_fragments",
     "merge_blocks",
     "merge_blocks_blockwise",
+    "multicut",
+    "multicut_costs",
+    "multicut_energy",
+    "mutex_watershed",
     "parse_score",
     "region_graph",
     "region_sizes",
     "renumber",
+    "seeded_watershed",
     "segment_blockwise",
     "size_merge",
+    "superhuman_fragments",
     "touching_pairs",
     "unique_ids",
     "watershed",
