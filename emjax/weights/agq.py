@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from emjax.errors import UserError
 from emjax.models.agq import AGQ, AGQConfig
 from emjax.models.functional import Definition, define
+from emjax.weights.family import Family, Shapes, Spelling
 from emjax.weights.rules import Rules, State, read_state, write_state
 
 _COUNTER = "num_batches_tracked"
@@ -63,11 +65,11 @@ def network(config: AGQConfig) -> Definition:
     return define(lambda rngs: AGQ(config, rngs=rngs))
 
 
-def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
+def _count(state: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
-def config_of(state: Mapping[str, np.ndarray], what: str = "checkpoint", **changes: Any) -> AGQConfig:
+def config_of(state: Mapping[str, Any], what: str = "checkpoint", **changes: Any) -> AGQConfig:
     """The configuration that a state dict's shapes tell; ``changes`` replace what they do not.
 
     Widths, isotropic levels, iterations, convolutions per branch and learned queries are read off; the number of slots
@@ -103,11 +105,14 @@ def read_agq(state: Mapping[str, np.ndarray], config: AGQConfig, what: str = "ch
     return read_state(state, network(config).shapes, rules(config.iterations), what)
 
 
-def write_agq(collections: Mapping[str, Mapping], config: AGQConfig, batches: int = 0) -> State:
-    """Our collections under the reference's names; every batch norm's counter of batches is set to ``batches``."""
-    state = write_state(collections, rules(config.iterations))
+def _with_counters(state: State, batches: int = 0) -> State:
     counters = [name.removesuffix("running_mean") for name in state if name.endswith(".running_mean")]
     return state | {f"{prefix}{_COUNTER}": np.asarray(batches, np.int64) for prefix in counters}
+
+
+def write_agq(collections: Mapping[str, Mapping], config: AGQConfig, batches: int = 0) -> State:
+    """Our collections under the reference's names; every batch norm's counter of batches is set to ``batches``."""
+    return _with_counters(write_state(collections, rules(config.iterations)), batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +161,33 @@ def read_training_state(checkpoint: Mapping[str, Any], config: AGQConfig, what: 
     steps = {int(moments[number]["step"]) for number in numbers}
     iteration = int(checkpoint.get("iteration", max(steps, default=0)))
     return TrainingState(collections, moment("exp_avg"), moment("exp_avg_sq"), iteration)
+
+
+_TOLD = ("filters", "isotropic", "features", "branch_convs", "iterations", "learned")
+
+
+def _recognise(shapes: Shapes) -> str | None:
+    return "official" if "inst_decoder.rpn.mask_kernel.weight" in shapes else None
+
+
+def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
+    stand_ins = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    found = config_of(stand_ins, what)
+    # JSON has lists, not tuples.
+    settings = {name: getattr(found, name) for name in _TOLD}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def config_from(settings: Mapping[str, Any], **changes: Any) -> AGQConfig:
+    """The network's configuration from a checkpoint's settings; ``changes`` replace fields, such as ``dtype``."""
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return dataclasses.replace(AGQConfig(**told), **changes)
+
+
+FAMILY = Family(
+    name="agq",
+    spellings={"official": Spelling(rules(), finish=_with_counters)},
+    recognise=_recognise,
+    identify=_identify,
+    network=lambda settings: network(config_from(settings)),
+)

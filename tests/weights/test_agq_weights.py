@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from emjax.errors import UserError
 from emjax.models.agq import AGQ, AGQConfig
 from emjax.models.functional import initialise
-from emjax.weights.agq import config_of, read_agq, read_training_state, write_agq
+from emjax.weights.agq import FAMILY, config_from, config_of, read_agq, read_training_state, write_agq
+from emjax.weights.family import from_state, to_state
 
-SMALL = AGQConfig(filters=(4, 8, 8), isotropic=(False, False, True), features=8, groups=2, heads=2, learned=5)
+SMALL = AGQConfig(filters=(8, 8, 16), isotropic=(False, False, True), features=8, learned=5)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_published_network_has_257_names():
 
 
 def test_configuration_is_read_from_the_shapes(state):
-    assert config_of(state, groups=2, heads=2) == SMALL
+    assert config_of(state) == SMALL
     assert config_of(state, guided=3).guided == 3
 
 
@@ -87,3 +89,12 @@ def test_incomplete_training_state_is_refused(state):
         read_training_state({"state_dict": state}, SMALL)
     with pytest.raises(UserError, match="expected"):
         read_training_state(checkpoint(state), dataclasses.replace(SMALL, learned=6))
+
+
+def test_family_reads_and_writes(state):
+    checkpoint = from_state(state, [FAMILY], "some.pth.tar")
+    assert config_from(checkpoint.settings) == SMALL
+    assert config_from(json.loads(json.dumps(checkpoint.settings))) == SMALL
+    back = to_state(checkpoint, "official")
+    assert set(back) == set(state)
+    np.testing.assert_array_equal(back["conv_in.0.weight"], state["conv_in.0.weight"])
