@@ -113,11 +113,12 @@ def read_state_file(path: str | pathlib.Path) -> tuple[State, dict[str, str]]:
         return _read_folder(path)
     with path.open("rb") as file:
         start = file.read(16)
+    # Safetensors first: the length of its header, at the start, may begin with the byte of a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return read_safetensors(path)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return read_torch(path), {}
-    if start[8:9] == b"{":
-        return read_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and len(start) < 16:
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and (len(start) < 16 or start[8:9] == b"{"):
         raise UserError(f"{path} {_DAMAGED} (it has {path.stat().st_size} bytes)")
     raise UserError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {start[:8]!r})")
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from checks import Case, Row, bound, close, exact, load
 
+from checks import Case, Row, bound, close, exact, load
 from emjax.metrics import contingency, variation_of_information
 from emjax.postprocess import (
     agglomerate,
@@ -56,7 +56,9 @@ def _waterz(path: pathlib.Path) -> Iterator[Row]:
         if array.startswith("fragments__"):
             low, high = arrays["ws_params__" + array.removeprefix("fragments__")]
             for threads in (1, 2):
-                yield exact(f"{array} ({threads} threads)", watershed(affinities, low, high, threads=threads), arrays[array])
+                yield exact(
+                    f"{array} ({threads} threads)", watershed(affinities, low, high, threads=threads), arrays[array]
+                )
         elif array.startswith("cc__"):
             threshold = float(array.removeprefix("cc__"))
             yield exact(array, connected_components(affinities, threshold), arrays[array])

@@ -54,9 +54,11 @@ def test_raster_order_on_one_voxel_axes():
 
 
 def test_apply_and_renumber():
-    labels = np.random.default_rng(0).integers(0, 2**40, 300).astype(np.uint64)[
-        np.random.default_rng(1).integers(0, 300, (4, 30, 30))
-    ]
+    labels = (
+        np.random.default_rng(0)
+        .integers(0, 2**40, 300)
+        .astype(np.uint64)[np.random.default_rng(1).integers(0, 300, (4, 30, 30))]
+    )
     labels[labels % 7 == 0] = 0
     new, ids = renumber(labels)
     assert new.max() == ids.size - 1 == np.unique(labels).size - 1

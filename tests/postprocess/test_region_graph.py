@@ -90,7 +90,9 @@ def test_sizes():
 
 
 def test_no_edges():
-    graph = region_graph(np.zeros((3, 2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint32), ("mean", "max", "histogram", "size"))
+    graph = region_graph(
+        np.zeros((3, 2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint32), ("mean", "max", "histogram", "size")
+    )
     assert graph.uv.shape == (0, 2)
     assert graph.merge(graph).uv.shape == (0, 2)
     assert graph.relabel(np.zeros(1, np.uint32)).nodes == 0

@@ -14,7 +14,9 @@ LIMITS = st.sampled_from([(0.0001, 0.9999), (0.1, 0.9), (0.3, 0.5), (0.0, 1.0), 
 @settings(max_examples=60, deadline=None)
 @given(affinity_volumes(), LIMITS, st.integers(1, 4))
 def test_equal_to_waterz(affinities, limits, threads):
-    np.testing.assert_array_equal(watershed(affinities, *limits, threads=threads), waterz_fragments(affinities, *limits))
+    np.testing.assert_array_equal(
+        watershed(affinities, *limits, threads=threads), waterz_fragments(affinities, *limits)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (7, 1, 1), (1, 8, 1), (2, 1, 5), (1, 6, 7)])
