@@ -76,15 +76,15 @@ def images(stack: np.ndarray) -> np.ndarray:
 def rows(path: pathlib.Path, oracle: dict, name: str, got, tolerance: float, last: bool | None = None) -> Iterator[Row]:
     """One row per stored part of an array, in the reference's axis order.
 
-    The tolerance is relative to the standard deviation of the reference (``noise_floor.json``), or, of a single number,
-    to its magnitude. ``last``: the channel axis is the last one (by default: of all but four-axis arrays).
+    The tolerance is relative to the standard deviation of the reference (``noise_floor.json``), or, of fewer than four
+    numbers (whose deviation says nothing of their scale), to their magnitude. ``last``: the channel axis is the last one (by default: of all but four-axis arrays).
     """
     got = np.asarray(got, np.float64)
     floors = load_json(path.parent / "noise_floor.json").get(path.stem, {})
     stored = [oracle[key] for key in (name, f"{name}@value") if key in oracle]
     spread = floors[name][1] if name in floors else float(np.std(stored[0]))
     largest = float(np.abs(stored[0]).max())
-    scale = spread if spread > 0 else max(largest, 1e-30)
+    scale = spread if spread > 0 and stored[0].size >= 4 else max(largest, 1e-30)
     allowed = tolerance * scale
     words = f"{tolerance:g} std = {allowed:.1e}"
 
