@@ -7,6 +7,7 @@ import pytest
 from emjax.errors import UserError
 from emjax.models.functional import define
 from emjax.models.mnet import Config, MNet, pretraining
+from emjax.weights.files import read_state_file, write_safetensors
 from emjax.weights.segneuron import config_of, read_segneuron, write_segneuron
 
 TINY = Config(widths=(2, 3, 4, 5, 6))
@@ -54,3 +55,16 @@ def test_pretraining_checkpoint_is_refused_for_inference():
     state = write_segneuron(_random(config), config)
     with pytest.raises(UserError, match=r"b\.ckpt: holds SegNeuron's pretraining network"):
         read_segneuron(state, TINY, "b.ckpt")
+
+
+def test_safetensors_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for pad in range(0, 4096, 8):
+        write_safetensors(path, {"a": np.arange(3, dtype=np.float32)}, {"pad": "x" * pad})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    else:
+        raise AssertionError("no header length begins with the byte of a pickle")
+    state, metadata = read_state_file(path)
+    assert metadata["pad"] == "x" * pad
+    np.testing.assert_array_equal(state["a"], [0, 1, 2])
