@@ -1,4 +1,4 @@
-"""From affinities to segments: watershed, region graph, agglomeration and their kin. Needs NumPy, SciPy and Numba only."""
+"""From affinities to segments: watershed, region graph, agglomeration. NumPy, SciPy and Numba are all it needs."""
 
 from emjax.postprocess.agglomerate import MergeTree, Score, agglomerate, parse_score
 from emjax.postprocess.block_merge import block_border, border_affinities, merge_blocks, merge_blocks_blockwise
@@ -18,6 +18,7 @@ from emjax.postprocess.blockwise import (
     unique_ids,
 )
 from emjax.postprocess.components import connected_components, label_components
+from emjax.postprocess.foreground_multicut import foreground_multicut
 from emjax.postprocess.multicut import (
     BoundaryEdges,
     boundary_edge_features,
@@ -57,6 +58,7 @@ __all__ = [
     "connected_components",
     "distance_transform_watershed",
     "face_links",
+    "foreground_multicut",
     "grid",
     "join_fragments",
     "label_components",

@@ -1,8 +1,8 @@
 """Hierarchical agglomeration of a region graph, and the merge tree that it leaves, to be cut at any threshold.
 
-The score of an edge is 1 - statistic of its affinities; the cheapest edge is merged first, and parallel edges that this makes
-become one (the algorithm of waterz; Funke et al., "Large scale image segmentation with structured loss based deep learning for
-connectome reconstruction", 2018).
+The score of an edge is 1 - statistic of its affinities; the cheapest edge is merged first, and parallel edges that
+this makes become one (the algorithm of waterz; Funke et al., "Large scale image segmentation with structured loss
+based deep learning for connectome reconstruction", 2018).
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ LARGEST_QUEUE = 2**16
 class Score:
     """A scoring function: 1 - mean, 1 - quantile of a 256-bin histogram, or 1 - maximum.
 
-    ``initial_maximum``: before its first merge, an edge's histogram holds only its largest affinity (waterz's InitWithMax).
+    ``initial_maximum``: before its first merge, an edge's histogram holds only its largest affinity (waterz's
+    InitWithMax).
     """
 
     kind: int
@@ -52,8 +53,8 @@ class Score:
 def parse_score(score: str | Score) -> Score:
     """A score by the name that the community gives it.
 
-    ``mean``; ``max``; ``hist_quant_50`` and ``hist_quant_50_initmax`` (LSD), any quantile from 1 to 99; ``aff85_his256``
-    (PyTorch Connectomics), which is ``hist_quant_85_initmax``.
+    ``mean``; ``max``; ``hist_quant_50`` and ``hist_quant_50_initmax`` (LSD), any quantile from 1 to 99;
+    ``aff85_his256`` (PyTorch Connectomics), which is ``hist_quant_85_initmax``.
 
     Raises:
       ValueError: any other name.
@@ -87,7 +88,8 @@ class MergeTree:
       score: (M,) float64, the score of the edge (float32 values with ``ties="waterz"``).
       level: (M,) float64, non-decreasing: merge k is made for every threshold above ``level[k]``.
       threshold: merges are known for thresholds up to this one.
-      uv, uv_score: (R, 2) uint32 and (R,) float64, the edges left at ``threshold`` with their scores; None unless asked for.
+      uv, uv_score: (R, 2) uint32 and (R,) float64, the edges left at ``threshold`` with their scores; None unless
+        asked for.
     """
 
     nodes: int
@@ -264,7 +266,9 @@ def _compact(e, start, length, bins, counts, chain, last, tally):
 
 @njit(nogil=True, cache=True)
 def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally):
-    """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without overflow)."""
+    """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without
+    overflow).
+    """
     pivot = np.int64(quantile) * np.int64(count[e]) // 100 + 1
     total = np.int64(0)
     if chain[e] != NONE:
@@ -355,9 +359,9 @@ def _merge(
 ):  # fmt: skip
     """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names.
 
-    Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up. With ``ours``,
-    a stale edge keeps the smaller of two keys, a lower bound; lists in ``touched`` those whose key this lowers, and returns
-    how many.
+    Shared neighbours are found by marking those of the larger end or, if it is a hub, by looking them up. With
+    ``ours``, a stale edge keeps the smaller of two keys, a lower bound; lists in ``touched`` those whose key this
+    lowers, and returns how many.
     """
     changed = 0
     big = _root(parent, uv[e, 0])
@@ -369,8 +373,8 @@ def _merge(
     degree[big] -= np.uint32(1)
     if not hub[big]:
         _tidy(big, turn, begin, around, fill, chain, tail, parent, flags, mark)
-        if degree[big] > HUB:
-            hub[big] = True
+        hub[big] = degree[big] > HUB
+        if hub[big]:
             if used[0] < 0:
                 table[:] = NONE
                 used[0] = 0
@@ -402,8 +406,8 @@ def _merge(
                     _insert(table, used, uv, parent, hub, flags, big, other, f)
                 continue
             if ours:
-                # Of two keys (score, edge number), sum and larger number make one that is never below both, and does not
-                # depend on the order in which edges are joined: so neither does the tree.
+                # Of two keys (score, edge number), sum and larger number make one that is never below both, and does
+                # not depend on the order in which edges are joined: so neither does the tree.
                 keep_f = f > g
             elif big_first:
                 keep_f = not key[f] > key[g]
@@ -522,9 +526,10 @@ def _agglomerate_canonical(
 ):  # fmt: skip
     """Merges all edges whose key is below ``limit``; returns how many merges.
 
-    Two nodes may merge as soon as their edge is the cheapest of both: as joining edges never makes one cheaper than both, this
-    gives the tree of merging the cheapest edge of all, but stays within a neighbourhood, and so within the processor's cache.
-    Chains of cheapest edges are followed node by node first; what involves hubs, which are dear to scan, is left to a heap.
+    Two nodes may merge as soon as their edge is the cheapest of both: as joining edges never makes one cheaper than
+    both, this gives the tree of merging the cheapest edge of all, but stays within a neighbourhood, and so within
+    the processor's cache. Chains of cheapest edges are followed node by node first; what involves hubs, which are
+    dear to scan, is left to a heap.
     """
     edges = uv.shape[0]
     begin, around = _adjacency(uv, nodes)
@@ -693,7 +698,9 @@ def _waterz_push(heap, size, entry):
 
 @njit(nogil=True, cache=True)
 def _waterz_pop(heap, size):
-    """As libstdc++'s pop_heap: the hole sinks along the smaller child (the right one if equal), then the last entry rises."""
+    """As libstdc++'s pop_heap: the hole sinks along the smaller child (the right one if equal), then the last entry
+    rises.
+    """
     last = size - 1
     entry = heap[last]
     i = 0
@@ -938,7 +945,8 @@ def _load_statistics(graph, scoring, ties, count, total, value):
 
 
 def _histogram_state(start, bins, counts):
-    """(start, length, bins, counts, next segment, last segment): histograms of edges that can be chained to one another.
+    """(start, length, bins, counts, next segment, last segment): histograms of edges that can be chained to one
+    another.
 
     What is known of an edge lies together in memory.
     """

@@ -1,18 +1,19 @@
 """Watershed, region graph and agglomeration block by block, with the result of the whole volume, voxel for voxel.
 
-The stages are functions of arrays, so that any executor can run them; ``segment_blockwise`` chains them for array-likes:
+The stages are functions of arrays, so that any executor can run them; ``segment_blockwise`` chains them for
+array-likes:
 
-1. ``block_fragments``: the watershed of one block, from affinities with a halo of one voxel below and two above. Plateaus
-   that lie within the block are divided there; those that continue in a neighbour are left pending.
+1. ``block_fragments``: the watershed of one block, from affinities with a halo of one voxel below and two above.
+   Plateaus that lie within the block are divided there; those that continue in a neighbour are left pending.
 2. ``face_links``: which fragments continue across the face between two blocks.
-3. ``join_fragments``: divides the pending plateaus, all at once, and joins the fragments: a table for each block, from its
-   local ids to ids 1, 2, ... in raster order of the first voxel in the volume, which are those of the whole volume.
-4. ``block_graph``: the edges whose upper voxel lies in a block. ``Graph.merge`` of all blocks is the graph of the volume,
-   since sums and counts are whole numbers.
+3. ``join_fragments``: divides the pending plateaus, all at once, and joins the fragments: a table for each block, from
+   its local ids to ids 1, 2, ... in raster order of the first voxel in the volume, those of the whole volume.
+4. ``block_graph``: the edges whose upper voxel lies in a block. ``Graph.merge`` of all blocks is the graph of the
+   volume, since sums and counts are whole numbers.
 5. ``agglomerate`` and ``apply``.
 
-The order in which a plateau is divided (breadth-first from its outlets in raster order) depends on nothing but the voxels of
-that plateau, so it may be divided apart from the rest of the volume.
+The order in which a plateau is divided (breadth-first from its outlets in raster order) depends on nothing but the
+voxels of that plateau, so it may be divided apart from the rest of the volume.
 """
 
 import dataclasses
@@ -94,8 +95,8 @@ class Pending:
       fragment: (P,) uint32, the local fragment, which no other pending voxel shares.
       drains, mutual: (P,) uint8, a bit for each direction -z, -y, -x, +z, +y, +x that the voxel drains to, and whether
         the plateau goes on in that direction.
-      link_row, link_direction, link_fragment: for each such direction within the block, the row in ``voxel``, the direction
-        0..5 and the local fragment there.
+      link_row, link_direction, link_fragment: for each such direction within the block, the row in ``voxel``, the
+        direction 0..5 and the local fragment there.
     """
 
     voxel: np.ndarray
@@ -114,7 +115,8 @@ class BlockFragments:
     Attributes:
       labels: (z, y, x) uint32, local fragments 1, 2, ... in raster order; 0 = background.
       first: (n,) int64, the raster index in the volume of the first voxel of each local fragment.
-      planes: for each (axis, side), side 0 the lowest plane and 1 the highest: labels (uint32) and drainage bytes (uint8).
+      planes: for each (axis, side), side 0 the lowest plane and 1 the highest: labels (uint32) and drainage bytes
+        (uint8).
       pending: the plateaus that are not yet divided.
     """
 
@@ -130,8 +132,8 @@ class FaceLinks:
 
     Attributes:
       pairs: (n, 2) uint32, (local fragment of the lower block, of the upper block) that are one.
-      voxel, direction, pairs_if: pending voxels that drain across the face if their plateau is divided that way: raster index
-        (int64), direction 0..5, and the pair (n, 2) uint32 that this would join.
+      voxel, direction, pairs_if: pending voxels that drain across the face if their plateau is divided that way:
+        raster index (int64), direction 0..5, and the pair (n, 2) uint32 that this would join.
     """
 
     pairs: np.ndarray
@@ -421,7 +423,9 @@ def face_links(
 
 @njit(nogil=True, cache=True)
 def _divide_pending(drains, mutual, neighbour, queue, kept):
-    """Divides plateaus given as a list of voxels; ``neighbour[k, d]`` is the row of the next one. ``kept``: final bytes."""
+    """Divides plateaus given as a list of voxels; ``neighbour[k, d]`` is the row of the next one. ``kept``: final
+    bytes.
+    """
     reached = np.zeros(drains.size, np.bool_)
     count = 0
     for k in range(drains.size):
@@ -477,8 +481,8 @@ def join_fragments(
       links: (place of the lower block in that order, of the upper block, their ``FaceLinks``) for each inner face.
 
     Returns:
-      For each block a table (n + 1,) uint32 from local to final ids, and the number of fragments. The ids are 1, 2, ... in
-      raster order of each fragment's first voxel: those of ``watershed`` of the whole volume.
+      For each block a table (n + 1,) uint32 from local to final ids, and the number of fragments. The ids are 1, 2,
+      ... in raster order of each fragment's first voxel: those of ``watershed`` of the whole volume.
 
     Raises:
       ValueError: more local fragments than there are ids.
@@ -541,12 +545,14 @@ def unique_ids(labels: np.ndarray, block: int) -> np.ndarray:
     """Local fragments as uint64 ids that are unique in the volume: block number << 27 | local id; 0 stays 0.
 
     Raises:
-      ValueError: a local id of 2**27 or more, or a block number of 2**26 or more (ids stay below 2**53, which JSON holds).
+      ValueError: a local id of 2**27 or more, or a block number of 2**26 or more (ids stay below 2**53, which JSON
+        holds).
     """
     most = int(labels.max(initial=0))
     if most >= 1 << LOCAL_BITS or not 0 <= block < 1 << (53 - LOCAL_BITS):
         raise ValueError(
-            f"labels reach {most} in block {block}; expected ids below 2**{LOCAL_BITS} and blocks below 2**{53 - LOCAL_BITS}"
+            f"labels reach {most} in block {block}; expected ids below 2**{LOCAL_BITS} "
+            f"and blocks below 2**{53 - LOCAL_BITS}"
         )
     return np.where(labels == 0, np.uint64(0), labels.astype(np.uint64) | np.uint64(block << LOCAL_BITS))
 
@@ -597,8 +603,8 @@ def segment_blockwise(
     Equal to ``apply(agglomerate(region_graph(a, f), t).cut(t), f)`` with ``f = watershed(a)``, for any block shape.
 
     Args:
-      affinities: (c, z, y, x) float32 or uint8; an array, or anything with ``shape`` that gives arrays for slices (a dataset
-        of h5py or zarr).
+      affinities: (c, z, y, x) float32 or uint8; an array, or anything with ``shape`` that gives arrays for slices (a
+        dataset of h5py or zarr).
       block: shape of a block, in voxels.
       threshold: one or several; the segmentation is that of the largest, the tree can be cut at any below it.
       low, high, offsets: as for ``watershed``.
@@ -677,7 +683,9 @@ def segment_blockwise(
 
 @njit(nogil=True, cache=True)
 def _touching(values, ids, full, low, high, background, pairs):
-    """Pairs of ids of equal, touching values, one in the core and one outside; returns how many (``pairs`` may be short)."""
+    """Pairs of ids of equal, touching values, one in the core and one outside; returns how many (``pairs`` may be
+    short).
+    """
     depth, height, width = values.shape
     count = 0
     for z in range(low[0], high[0]):

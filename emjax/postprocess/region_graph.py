@@ -1,10 +1,11 @@
 """Region graph of fragments: which touch, over how many faces, and what the affinities on those faces are.
 
-All statistics add: sums and counts are whole numbers, so a graph does not depend on the order in which voxels, blocks or
-threads are taken. Only the float32 running mean, which reproduces waterz, does.
+All statistics add: sums and counts are whole numbers, so a graph does not depend on the order in which voxels,
+blocks or threads are taken. Only the float32 running mean, which reproduces waterz, does.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -24,7 +25,8 @@ BINS = 256
 class Histograms:
     """Affinity histograms of edges, sparse: edge e holds ``bins[start[e]:start[e + 1]]``, ascending, with ``counts``.
 
-    A value a falls into bin min(int(256 a), 255), as in waterz. ``start`` int64 (E + 1,), ``bins`` uint8, ``counts`` uint32.
+    A value a falls into bin min(int(256 a), 255), as in waterz. ``start`` int64 (E + 1,), ``bins`` uint8, ``counts``
+    uint32.
     """
 
     start: np.ndarray
@@ -77,7 +79,8 @@ class Graph:
         return _sum_edges([dataclasses.replace(self, uv=ids[self.uv].astype(np.uint32), nodes=most, size=size)])
 
     def merge(self, *others: "Graph") -> "Graph":
-        """One graph of several over the same ids, such as those of the blocks of a volume; edges named twice are summed.
+        """One graph of several over the same ids, such as those of the blocks of a volume; edges named twice are
+        summed.
 
         Raises:
           ValueError: graphs with different statistics or scales, or with running means, which do not add.
@@ -271,7 +274,9 @@ def _count_edges(start, others, u0, u1, nodes, degree):
 
 @njit(nogil=True, cache=True)
 def _list_edges(start, others, u0, u1, first, uv, slot, count):
-    """Fills the edges of buckets ``[u0, u1)``; leaves each face's edge, counted from the bucket's first, in ``others``."""
+    """Fills the edges of buckets ``[u0, u1)``; leaves each face's edge, counted from the bucket's first, in
+    ``others``.
+    """
     for u in range(u0, u1):
         e0 = first[u]
         n = e0
@@ -475,7 +480,8 @@ def region_graph(
       threads: worker threads; the result does not depend on their number.
 
     Raises:
-      ValueError: unknown statistics, unfit shapes or dtypes, negative or too large ids, NaN or huge affinities on a face.
+      ValueError: unknown statistics, unfit shapes or dtypes, negative or too large ids, NaN or huge affinities on a
+        face.
     """
     threads = check_threads(threads)
     wanted = {statistics} if isinstance(statistics, str) else set(statistics)
@@ -514,7 +520,7 @@ def region_graph(
 
     bounds = np.searchsorted(start, [total * part // threads for part in range(1, threads)])
     bounds = [0, *(int(bound) for bound in np.minimum(bounds, nodes + 1)), nodes + 1]
-    buckets = list(zip(bounds[:-1], bounds[1:]))
+    buckets = list(itertools.pairwise(bounds))
     degree = np.zeros(nodes + 1, np.int64)
     each(lambda u0, u1: _count_edges(start, edge, u0, u1, nodes, degree), buckets, threads)
     first = np.zeros(nodes + 2, np.int64)

@@ -87,7 +87,8 @@ def renumber(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       labels: whole numbers, any shape; 0 stays 0.
 
     Returns:
-      uint32 of the shape of ``labels``, and (n + 1,) ids of the dtype of ``labels``, so that ``ids[new]`` is ``labels``.
+      uint32 of the shape of ``labels``, and (n + 1,) ids of the dtype of ``labels``, so that ``ids[new]`` is
+      ``labels``.
 
     Raises:
       ValueError: not whole numbers, negative ones, or an axis of length zero.

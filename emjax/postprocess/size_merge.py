@@ -47,8 +47,8 @@ def size_merge(
 ) -> np.ndarray:
     """Joins fragments across heavy edges while one side is small, then drops the sets that are still dust.
 
-    The edges are taken by falling weight (equal ones in the order of the graph) while the weight is above ``weight``; the
-    two sets that an edge joins become one if either has fewer than ``size`` voxels.
+    The edges are taken by falling weight (equal ones in the order of the graph) while the weight is above
+    ``weight``; the two sets that an edge joins become one if either has fewer than ``size`` voxels.
 
     Args:
       graph: with ``size``, and with the statistic that the weights come from.

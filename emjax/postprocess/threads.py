@@ -1,6 +1,7 @@
 """Work cut into contiguous ranges, done by Python threads: the Numba kernels release the GIL."""
 
 import concurrent.futures
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ def ranges(length: int, parts: int) -> list[tuple[int, int]]:
     """``[start, stop)`` of at most ``parts`` contiguous, non-empty, nearly equal ranges that cover ``length``."""
     parts = max(1, min(parts, length))
     bounds = [length * part // parts for part in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def check_threads(threads: int) -> int:

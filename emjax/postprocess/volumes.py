@@ -16,10 +16,10 @@ def nearest_channels(
     """The z, y and x channels of an affinity volume, each C-contiguous and of shape (z, y, x).
 
     Args:
-      affinities: (c, z, y, x), float32, or uint8 that stands for value / 255; ``affinities[c, z, y, x]`` joins the voxel
-        with its partner at ``offsets[c]``.
-      offsets: one (z, y, x) offset for each channel, in voxels. The three nearest (-1, 0, 0), (0, -1, 0), (0, 0, -1) must be
-        among them, in any order; others are not read.
+      affinities: (c, z, y, x), float32, or uint8 that stands for value / 255; ``affinities[c, z, y, x]`` joins the
+        voxel with its partner at ``offsets[c]``.
+      offsets: one (z, y, x) offset for each channel, in voxels. The three nearest (-1, 0, 0), (0, -1, 0), (0, 0, -1)
+        must be among them, in any order; others are not read.
 
     Raises:
       ValueError: wrong rank, dtype, number of channels or offsets, or an axis of length zero.

@@ -125,7 +125,9 @@ def _outlets(flags, queue):
 
 @njit(nogil=True, cache=True)
 def _divide_plateaus(flags, height, width, queue, count):
-    """Breadth-first from the outlets, each plateau voxel keeps its last direction to a voxel that does not drain back."""
+    """Breadth-first from the outlets, each plateau voxel keeps its last direction to a voxel that does not drain
+    back.
+    """
     steps = (-height * width, -width, -1, height * width, width, 1)
     for k in range(count):
         flags[queue[k]] |= REACHED
@@ -152,7 +154,9 @@ def _divide_plateaus(flags, height, width, queue, count):
 
 @njit(nogil=True, cache=True)
 def _link_row(me, up, back, above, link):
-    """Bits 1, 2, 4 of ``link[x]``: the voxel is joined to its neighbour at -z, -y, -x; bits 1, 2 only if in ``above``."""
+    """Bits 1, 2, 4 of ``link[x]``: the voxel is joined to its neighbour at -z, -y, -x; bits 1, 2 only if in
+    ``above``.
+    """
     mask = above | np.uint8(4)
     link[0] = (me[0] | ((back[0] >> np.uint8(3)) & np.uint8(1)) | ((up[0] >> np.uint8(3)) & np.uint8(2))) & above
     for x in range(1, me.size):
@@ -180,7 +184,9 @@ def _join(parent, a, b):
 
 @njit(nogil=True, cache=True)
 def _label_slab(flags, z0, z1, labels, parent):
-    """Provisional labels, from ``z0 * height * width + 1`` on, of a slab's voxels, and which are one; the last plus one."""
+    """Provisional labels, from ``z0 * height * width + 1`` on, of a slab's voxels, and which are one; the last plus
+    one.
+    """
     _, height, width = flags.shape
     link = np.empty(width, np.uint8)
     fresh = np.uint32(z0 * height * width + 1)
@@ -249,7 +255,9 @@ def _look_up_slab(labels, lut, z0, z1):
 
 
 def number_provisional(labels, parent, slabs, ends, threads):
-    """Replaces the provisional labels of slabs, joined in ``parent``, by 1, 2, ... in raster order; returns their number."""
+    """Replaces the provisional labels of slabs, joined in ``parent``, by 1, 2, ... in raster order; returns their
+    number.
+    """
     plane = labels.shape[1] * labels.shape[2]
     parent[0] = 0
     last = np.uint32(0)
@@ -292,8 +300,8 @@ def _first_nan(channels):
 def _label(flags, threads):
     """Basins of divided flags: ids 1, 2, ... in raster order of each basin's first voxel, 0 where no bit is set."""
     labels = np.empty(flags.shape, np.uint32)
-    # One entry for each voxel and one more, as the kernel writes the next label before it knows whether it is needed. Only
-    # the pages that hold labels in use become memory.
+    # One entry for each voxel and one more, as the kernel writes the next label before it knows whether it is
+    # needed. Only the pages that hold labels in use become memory.
     parent = np.empty(flags.size + 2, np.uint32)
     slabs = ranges(flags.shape[0], threads)
     ends = each(lambda z0, z1: _label_slab(flags, z0, z1, labels, parent), slabs, threads)
