@@ -73,7 +73,9 @@ def _norm(config: UNetConfig, features: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(features, num_groups=groups, epsilon=1e-5, dtype=PRECISIONS[config.dtype], rngs=rngs)
 
 
-class _ConvNorm(nnx.Module):
+class ConvNorm(nnx.Module):
+    """Convolution without bias, then the norm; (b, z, y, x, in) to (b, z, y, x, features)."""
+
     def __init__(self, config: UNetConfig, in_features: int, features: int, kernel: Triple, rngs: nnx.Rngs):
         self.conv = Conv3d(
             in_features,
@@ -94,9 +96,9 @@ class ResidualBlock(nnx.Module):
     """An in-plane convolution to the new width, then two of the level's kernel added to it."""
 
     def __init__(self, config: UNetConfig, in_features: int, features: int, kernel: Triple, rngs: nnx.Rngs):
-        self.enter = _ConvNorm(config, in_features, features, (1, *kernel[1:]), rngs)
-        self.first = _ConvNorm(config, features, features, kernel, rngs)
-        self.second = _ConvNorm(config, features, features, kernel, rngs)
+        self.enter = ConvNorm(config, in_features, features, (1, *kernel[1:]), rngs)
+        self.first = ConvNorm(config, features, features, kernel, rngs)
+        self.second = ConvNorm(config, features, features, kernel, rngs)
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -128,18 +130,18 @@ class UNet(nnx.Module):
         self.config = config
         volume = config.patch[0] * config.patch[1] * config.patch[2]
         widths, kernels = config.widths, config.kernels
-        self.stem = _ConvNorm(config, in_features * volume, widths[0], (1, 5, 5) if volume == 1 else kernels[0], rngs)
-        self.down = nnx.List()
+        self.stem = ConvNorm(config, in_features * volume, widths[0], (1, 5, 5) if volume == 1 else kernels[0], rngs)
+        self.down: nnx.List = nnx.List()
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
             sizes = [before, *[width] * config.blocks]
             self.down.append(
                 nnx.List(ResidualBlock(config, a, b, kernels[level], rngs) for a, b in itertools.pairwise(sizes))
             )
-        self.merge = nnx.List()
-        self.up = nnx.List()
+        self.merge: nnx.List = nnx.List()
+        self.up: nnx.List = nnx.List()
         for level in reversed(range(len(widths) - 1)):
-            self.merge.append(_ConvNorm(config, widths[level + 1], widths[level], (1, 1, 1), rngs))
+            self.merge.append(ConvNorm(config, widths[level + 1], widths[level], (1, 1, 1), rngs))
             self.up.append(
                 nnx.List(
                     ResidualBlock(config, widths[level], widths[level], kernels[level], rngs)
@@ -170,7 +172,7 @@ class UNet(nnx.Module):
                 skips.append(x)
                 x = max_pool(x, config.pools[level - 1])
             x = self._run(blocks, x)
-        sides = []
+        sides: list[jax.Array] = []
         for step, (merge, blocks) in enumerate(zip(self.merge, self.up)):
             level = len(config.widths) - 2 - step
             # The 1x1x1 convolution commutes with the interpolation and is cheaper before it.
