@@ -10,21 +10,17 @@ import functools
 import math
 import os
 import shutil
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from emjax.data.volume import Volume, create_volume, mark_complete, open_volume
-from emjax.errors import UserError
 from emjax.inference import ledger
 from emjax.inference.blocks import chunk_near
-from emjax.inference.executor import Executor, Stopped, Stripes, run_stage, stopping
-from emjax.inference.progress import ProgressLine
+from emjax.inference.executor import Executor, Stripes, stopping
 from emjax.inference.segmentation import Places, Settings, nearest_affinities, read_affinities, save_merges
+from emjax.inference.stages import Place, Stages, Stop, begin, load_arrays, name_of, save_arrays, side_path
 from emjax.postprocess import MergeTree, agglomerate, apply, parse_score
 from emjax.postprocess.blockwise import (
     Block,
@@ -38,7 +34,6 @@ from emjax.postprocess.blockwise import (
 )
 from emjax.postprocess.region_graph import Graph, Histograms
 
-Place = tuple[int, int, int]
 BYTES_PER_VOXEL = 40
 """Of one block in work: affinities, flags, fragments, faces and their copies."""
 
@@ -84,8 +79,7 @@ class Work:
 
     def side(self, stage: str, place: Place | None = None) -> str:
         """Path of the arrays that a stage keeps for a block, or once."""
-        name = stage if place is None else f"{stage}/{name_of(place)}"
-        return os.path.join(self.folder, self.plan, f"{name}.npz")
+        return side_path(self.folder, self.plan, stage, place)
 
     def read(self, block: Block) -> np.ndarray:
         """Affinities (3, z, y, x) of a block."""
@@ -105,33 +99,6 @@ class Work:
 @functools.lru_cache(maxsize=2)
 def _opened(spec: str, options: tuple) -> tuple[Volume, Sequence[int]]:
     return nearest_affinities(spec, **dict(options))
-
-
-def name_of(place: Place) -> str:
-    """Name of a block in the ledger."""
-    return "-".join(map(str, place))
-
-
-def save_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """An ``.npz`` that appears under its name only when it is whole."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def load_arrays(path: str) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz``."""
-    with np.load(path) as stored:
-        return {name: stored[name] for name in stored.files}
 
 
 def _pack_fragments(found: BlockFragments) -> dict[str, np.ndarray]:
@@ -184,11 +151,10 @@ class BlockStage:
 
     work: Work
     stage: str
-    stop: "Stop"
+    stop: Stop
 
     def __call__(self, place: Place) -> dict[str, Any]:
-        if self.stop.is_set():
-            raise Stopped
+        self.stop.check()
         block = grid(self.work.shape, self.work.block)[place]
         {"fragments": self._fragments, "rename": self._rename, "edges": self._edges}[self.stage](place, block)
         return {"voxels": math.prod(block.shape)}
@@ -215,19 +181,6 @@ class BlockStage:
         save_arrays(
             self.work.side("edges", place), _pack_graph(block_graph(self.work.read(box), fragments, lead, statistics))
         )
-
-
-class Stop:
-    """An event that stays behind when its holder is sent to another process."""
-
-    def __init__(self, event: threading.Event | None = None):
-        self.event = event or threading.Event()
-
-    def is_set(self) -> bool:
-        return self.event.is_set()
-
-    def __reduce__(self) -> tuple:
-        return Stop, ()
 
 
 def _join(work: Work) -> int:
@@ -282,24 +235,6 @@ def _with_nodes(tree: MergeTree, nodes: int) -> MergeTree:
     return dataclasses.replace(tree, nodes=max(tree.nodes, nodes))
 
 
-def _once(work: Work, stage: str, function: Callable[[], None], executor: Executor) -> None:
-    """Runs what only one process may do; the other stripes wait for its marker."""
-    book = ledger.Ledger(work.folder, stage, work.plan)
-    if book.done():
-        return
-    if isinstance(executor, Stripes) and executor.index > 0:
-        _wait(lambda: bool(book.done()))
-        return
-    begun = time.time()
-    function()
-    book.mark_done("all", seconds=round(time.time() - begun, 3))
-
-
-def _wait(ready: Callable[[], bool]) -> None:
-    while not ready():
-        time.sleep(0.5)
-
-
 def segment_blockwise(
     volume: Volume,
     affinities: tuple[str, Mapping[str, Any]],
@@ -328,30 +263,12 @@ def segment_blockwise(
         block=block,
         plan=ledger.content_hash(content),
     )
-    _prepare(work, volume, content, executor)
-    items = list(grid(shape, block))
-    voxels = float(math.prod(shape))
-    say(f"{len(items)} blocks of {' x '.join(map(str, block))} voxels, {executor.describe()}")
+    blocks = grid(shape, block)
+    work_stages = {"fragments": True, "join": False, "rename": True, "edges": True, "agglomerate": False}
+    begin(work.folder, content, blocks, work_stages, executor, lambda: _create(work, volume))
+    say(f"{len(blocks)} blocks of {' x '.join(map(str, block))} voxels, {executor.describe()}")
     stop = Stop()
-
-    def run(stage: str) -> None:
-        book = ledger.Ledger(work.folder, stage, work.plan)
-        if len(book.done()) < len(items):
-            line = ProgressLine(stage, voxels)
-
-            def report(place: Place, done: int, total: int) -> None:
-                line.add(math.prod(grid(shape, block)[place].shape))
-
-            result = run_stage(executor, BlockStage(work, stage, stop), items, name_of, book, report)
-            line.finish()
-            if result.failed:
-                name, error = next(iter(result.failed.items()))
-                raise RuntimeError(
-                    f"{stage}: {len(result.failed)} of {len(items)} blocks failed {ledger.MOST_ATTEMPTS} times, first "
-                    f"{name}: {error}; see python -m emjax.status {work.folder}; the same command tries them again"
-                )
-        if isinstance(executor, Stripes):
-            _wait(lambda: len(book.done()) == len(items))
+    stages = Stages(work.folder, work.plan, blocks, executor)
 
     def join() -> None:
         say(f"{_join(work)} fragments")
@@ -362,45 +279,32 @@ def segment_blockwise(
         save_merges(places.merges, tree, sizes, plan)
 
     with stopping(stop.event):
-        run("fragments")
-        _once(work, "join", join, executor)
-        run("rename")
-        run("edges")
-        _once(work, "agglomerate", merge, executor)
+        stages.each("fragments", BlockStage(work, "fragments", stop))
+        stages.once("join", join)
+        stages.each("rename", BlockStage(work, "rename", stop))
+        stages.each("edges", BlockStage(work, "edges", stop))
+        stages.once("agglomerate", merge)
     if not isinstance(executor, Stripes):
         shutil.rmtree(work.folder, ignore_errors=True)
 
 
-def _prepare(work: Work, volume: Volume, content: Mapping[str, Any], executor: Executor) -> None:
-    stored = ledger.read_plan(work.folder)
-    if isinstance(executor, Stripes) and executor.index > 0:
-        _wait(lambda: (ledger.read_plan(work.folder) or {}).get("hash") == work.plan)
-        return
-    if stored is not None and stored.get("hash") == work.plan:
-        return
-    if stored is not None:
-        # An abandoned plan's intermediate results are of no use to anyone.
-        shutil.rmtree(work.folder)
-    size, origin = volume.require_voxel_size(), volume.offset
-    chunks = tuple(chunk_near(b, 64) if b < n else min(64, b) for b, n in zip(work.block, work.shape))
-    shards = tuple(math.ceil(extent / chunk) * chunk for extent, chunk in zip(work.block, chunks))
-    try:
-        os.makedirs(work.folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {work.folder}: {error.strerror or error}") from None
+def _create(work: Work, volume: Volume) -> None:
     for path in (work.local, work.places.fragments):
-        create_volume(
-            path,
-            work.shape,
-            np.uint32,
-            voxel_size=size,
-            offset=origin,
-            chunks=chunks,
-            shards=shards,
-            overwrite=True,
-            attributes={"plan": work.plan},
-        )
-    count, voxels = len(grid(work.shape, work.block)), math.prod(work.shape)
-    stages = {name: {"hash": work.plan, "blocks": count, "voxels": voxels} for name in ("fragments", "rename", "edges")}
-    stages["join"] = stages["agglomerate"] = {"hash": work.plan, "blocks": 1, "voxels": 0}
-    ledger.write_plan(work.folder, {"content": content, "stages": stages, "begun": time.time()})
+        create_labels(path, volume, work.block, {"plan": work.plan})
+
+
+def create_labels(path: str, like: Volume, block: Place, attributes: Mapping[str, Any]) -> None:
+    """An empty uint32 volume with the voxel size of ``like``, of which each block of ``block`` writes whole shards."""
+    shape = like.spatial_shape
+    chunks = tuple(chunk_near(b, 64) if b < n else min(64, b) for b, n in zip(block, shape))
+    create_volume(
+        path,
+        shape,
+        np.uint32,
+        voxel_size=like.require_voxel_size(),
+        offset=like.offset,
+        chunks=chunks,
+        shards=tuple(math.ceil(extent / chunk) * chunk for extent, chunk in zip(block, chunks)),
+        overwrite=True,
+        attributes=attributes,
+    )
