@@ -20,6 +20,7 @@ from emjax.models.functional import Collections, define
 from emjax.models.layers.resize import resize
 from emjax.models.sam2.config import SAM2Config, check_size
 from emjax.models.sam2.model import NO_OBJECT, SAM2, Features, Heads
+from emjax.models.sam2.neck import grey_input
 from emjax.models.sam2.stack import (
     BACKWARD,
     FORWARD,
@@ -33,9 +34,6 @@ from emjax.models.sam2.stack import (
     remembered,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, per channel, which SAM 2 was trained with."""
-
 
 def normalised(grey: jax.Array) -> jax.Array:
     """Slices (n, h, w), uint8 or 0..1 float, as the network's input (n, h, w, 3) float32.
@@ -46,8 +44,7 @@ def normalised(grey: jax.Array) -> jax.Array:
         grey = grey.astype(jnp.float32) / 255
     elif not jnp.issubdtype(grey.dtype, jnp.floating):
         raise UserError(f"slices are {grey.dtype}; expected uint8, or a window of grey values (--window LOW,HIGH)")
-    three = jnp.repeat(grey[..., None].astype(jnp.float32), 3, axis=-1)
-    return (three - jnp.asarray(MEAN, jnp.float32)) / jnp.asarray(STD, jnp.float32)
+    return grey_input(grey)
 
 
 def fill_holes(logits: np.ndarray, most: int) -> np.ndarray:

@@ -14,6 +14,14 @@ from emjax.models.sam2.hiera import Hiera
 
 TOP_DOWN = (2, 3)
 """Levels (0 = finest) that take part in the top-down sum."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, per channel, which SAM 2 was trained with."""
+
+
+def grey_input(grey: jax.Array) -> jax.Array:
+    """Grey slices (batch, H, W) in 0..1 as the encoder's input (batch, H, W, 3), normalised, float32."""
+    three = jnp.repeat(grey[..., None].astype(jnp.float32), 3, axis=-1)
+    return (three - jnp.asarray(MEAN, jnp.float32)) / jnp.asarray(STD, jnp.float32)
 
 
 class FpnNeck(nnx.Module):
