@@ -729,6 +729,50 @@ def touching_pairs(labels: np.ndarray, ids: np.ndarray, box: Block, block: Block
         pairs = np.empty((count, 2), np.int64)
 
 
+def block_components(labels: np.ndarray, block: Block, connectivity: int = 26) -> tuple[np.ndarray, np.ndarray]:
+    """Connected parts of equal labels within a block, uint32 from 1 up, and each part's first voxel.
+
+    Args:
+      labels: (z, y, x) of the block; 0 = background.
+      connectivity: 26 or 6.
+
+    Returns:
+      The parts, and int64 raster numbers of their first voxels in the whole volume.
+    """
+    found = label_components(labels, connectivity)
+    first = np.empty(int(found.max(initial=0)), np.int64)
+    _first_voxels(found, block.start, block.volume, first)
+    return found, first
+
+
+def id_bases(counts: Sequence[int]) -> np.ndarray:
+    """What is added to the ids of each block so that they are unique; one more entry, their number. int64.
+
+    Raises:
+      ValueError: more ids than uint32 holds.
+    """
+    base = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    if base[-1] > LARGEST_ID:
+        raise ValueError(f"the blocks have {base[-1]} parts; expected at most {LARGEST_ID}")
+    return base
+
+
+def join_components(firsts: Sequence[np.ndarray], pairs: Iterable[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Numbers of the volume's parts from those of its blocks.
+
+    Args:
+      firsts: raster numbers of the first voxels of each block's parts.
+      pairs: (n, 2) each, unique ids (those of a block plus its entry of ``id_bases``) that belong together.
+
+    Returns:
+      A uint32 look-up table from unique ids to numbers 1, 2, ... in raster order, and how many there are.
+    """
+    parent = np.arange(sum(first.size for first in firsts) + 1, dtype=np.uint32)
+    for some in pairs:
+        _join_pairs(parent, some[:, 0], some[:, 1])
+    return _raster_numbers(parent, np.concatenate([np.zeros(0, np.int64), *firsts]))
+
+
 def label_components_blockwise(
     labels: Any,
     block: Sequence[int],
@@ -759,16 +803,11 @@ def label_components_blockwise(
         raise ValueError(f"out has shape {tuple(out.shape)}; expected {volume}")
 
     def label(one):
-        found = label_components(np.asarray(labels[one.slices]), connectivity)
-        out[one.slices] = found
-        first = np.empty(int(found.max()), np.int64)
-        _first_voxels(found, one.start, one.volume, first)
+        out[one.slices], first = block_components(np.asarray(labels[one.slices]), one, connectivity)
         return first
 
     firsts = list(map_(label, blocks))
-    base = np.concatenate([[0], np.cumsum([first.size for first in firsts])]).astype(np.int64)
-    if base[-1] > LARGEST_ID:
-        raise ValueError(f"the blocks have {base[-1]} components; expected at most {LARGEST_ID}")
+    base = id_bases([first.size for first in firsts])
 
     def shift(item):
         one, first, after = item
@@ -781,10 +820,7 @@ def label_components_blockwise(
 
     for _ in map_(shift, zip(blocks, firsts, base)):
         pass
-    parent = np.arange(base[-1] + 1, dtype=np.uint32)
-    for pairs in map_(touch, blocks):
-        _join_pairs(parent, pairs[:, 0], pairs[:, 1])
-    table, count = _raster_numbers(parent, np.concatenate([np.zeros(0, np.int64), *firsts]))
+    table, count = join_components(firsts, map_(touch, blocks))
 
     def rename(one):
         out[one.slices] = apply(table, np.asarray(out[one.slices]))
