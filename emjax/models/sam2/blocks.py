@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emjax.models.layers.attention import attend, merge_heads, split_heads
+from emjax.models.layers.lora import Adapters, LoRA
 
 
 class Keys:
@@ -93,21 +94,34 @@ class Attention(nnx.Module):
     """Multi-head attention with separate projections and an inner width of its own."""
 
     def __init__(
-        self, features: int, inner: int, heads: int, dtype: str, rngs: nnx.Rngs, attention: str, keys: int | None = None
+        self,
+        features: int,
+        inner: int,
+        heads: int,
+        dtype: str,
+        rngs: nnx.Rngs,
+        attention: str,
+        keys: int | None = None,
+        lora: LoRA | None = None,
     ):
         self.q_proj = linear(features, inner, dtype, rngs)
         self.k_proj = linear(keys or features, inner, dtype, rngs)
         self.v_proj = linear(keys or features, inner, dtype, rngs)
         self.out_proj = linear(inner, features, dtype, rngs)
+        self.adapted = lora is not None
+        if lora is not None:
+            widths = {"q": features, "k": keys or features, "v": keys or features}
+            self.lora = Adapters(lora, widths, inner, dtype, rngs)
         self.heads = heads
         self.attention = attention
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """(batch, tokens, features) attending to (batch, keys, features)."""
-        q, k, v = (
-            split_heads(projection(x), self.heads)
-            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
+        given = {"q": (self.q_proj, query), "k": (self.k_proj, key), "v": (self.v_proj, value)}
+        projected = {target: projection(x) for target, (projection, x) in given.items()}
+        if self.adapted:
+            projected = {target: self.lora.adapt(target, y, given[target][1]) for target, y in projected.items()}
+        q, k, v = (split_heads(y, self.heads) for y in projected.values())
         return self.out_proj(merge_heads(attend(q, k, v, implementation=self.attention)))
 
 

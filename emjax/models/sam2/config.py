@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from emjax.models.layers.lora import LoRA
+
 SIZES = ("tiny", "small", "base_plus", "large")
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32
@@ -12,7 +14,8 @@ STRIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class HieraConfig:
-    """The image trunk. ``windows`` has one entry per stage, ``global_blocks`` the blocks that see the whole map."""
+    """The image trunk. ``windows`` has one entry per stage, ``global_blocks`` the blocks that see the whole map;
+    ``lora`` adapts the attention of every block."""
 
     width: int
     heads: int
@@ -23,6 +26,7 @@ class HieraConfig:
     window_embedding: tuple[int, int] = (8, 8)
     mlp_ratio: int = 4
     remat: bool = False
+    lora: LoRA | None = None
 
     @property
     def depth(self) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emjax.models.layers.attention import attend
+from emjax.models.layers.lora import Adapters
 from emjax.models.layers.resize import resize
 from emjax.models.sam2.blocks import MLP, Keys, convolution, gelu, layer_norm, linear
 from emjax.models.sam2.config import HieraConfig, check_size
@@ -49,6 +50,9 @@ class WindowAttention(nnx.Module):
     def __init__(self, inputs: int, outputs: int, heads: int, window: int, pool: bool, options: dict, rngs: nnx.Rngs):
         self.qkv = linear(inputs, 3 * outputs, options["dtype"], rngs)
         self.proj = linear(outputs, outputs, options["dtype"], rngs)
+        self.adapted = options["lora"] is not None
+        if self.adapted:
+            self.lora = Adapters(options["lora"], inputs, outputs, options["dtype"], rngs)
         self.heads, self.window, self.pool = heads, window, pool
         self.attention = options["attention"]
 
@@ -59,6 +63,8 @@ class WindowAttention(nnx.Module):
             x = _padded(x, self.window)
         window = (self.window, self.window) if self.window else (height, width)
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.adapted:
+            q, k, v = (self.lora.adapt(target, projected, x) for target, projected in (("q", q), ("k", k), ("v", v)))
         cell = window
         if self.pool:
             q, cell = _pool(q), (window[0] // 2, window[1] // 2)
@@ -111,7 +117,7 @@ class Hiera(nnx.Module):
     def __init__(self, config: HieraConfig, rngs: nnx.Rngs, dtype: str = "float32", attention: str = "auto"):
         self.config = config
         rngs = Keys(rngs)
-        options = {"dtype": dtype, "attention": attention, "mlp_ratio": config.mlp_ratio}
+        options = {"dtype": dtype, "attention": attention, "mlp_ratio": config.mlp_ratio, "lora": config.lora}
         self.patch_embed = PatchEmbedding(config.width, dtype, rngs)
         init = nnx.initializers.truncated_normal(0.02)
         self.pos_embed = nnx.Param(init(rngs.params(), (1, *config.background, config.width), jnp.float32))
