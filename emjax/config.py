@@ -200,7 +200,7 @@ def _set(node: Any, path: list[str], text: str, whole: str) -> Any:
         index = int(name)
         value = _set(node[index], rest, text, whole) if rest else _parse(text, type(node[index]), whole)
         return (*node[:index], value, *node[index + 1 :])
-    if not dataclasses.is_dataclass(node):
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise UserError(f"--config.{whole}: there is nothing below {name!r}")
     fields = [field.name for field in dataclasses.fields(node)]
     if name not in fields:

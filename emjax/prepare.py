@@ -567,8 +567,8 @@ def prepare_rescaled(arguments: list[str]) -> int:
     parser.add_argument("--voxel-size", metavar="Z,Y,X", help="nm; wins over what the file says")
     parser.add_argument("--overwrite", action="store_true", help="replace a volume that is there")
     options = parser.parse_args(arguments)
-    given = {"voxel_size": triple(options.voxel_size, "--voxel-size", positive=True)} if options.voxel_size else {}
-    volume = open_volume(options.input, **given).require_axes("zyx")
+    given = triple(options.voxel_size, "--voxel-size", positive=True) if options.voxel_size else None
+    volume = open_volume(options.input, voxel_size=given).require_axes("zyx")
     wanted = triple(options.to, "--to", positive=True)
     shape = rescaled_shape(volume.shape, volume.require_voxel_size(), wanted)
     made = (rescale_labels if options.labels else rescale_image)(volume[...], shape)

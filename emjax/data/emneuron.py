@@ -126,7 +126,8 @@ def _stack_shape(path: pathlib.Path) -> tuple[tuple[int, int, int], np.dtype]:
 
 def numbered_files(folder: pathlib.Path) -> tuple[dict[int, pathlib.Path], dict[int, pathlib.Path]]:
     """``<i>.tif`` and ``<i>_MaskIns.tif`` of a folder by number; other files are left alone."""
-    raws, labels = {}, {}
+    raws: dict[int, pathlib.Path] = {}
+    labels: dict[int, pathlib.Path] = {}
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(rf"(\d+)({LABELS})?\.tiff?", path.name)
         if match:

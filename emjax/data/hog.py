@@ -28,9 +28,9 @@ def hog_histogram(image: Float[Array, "*batch y x"]) -> Float[Array, "*batch row
     rise, run = jnp.where(below, -rise, rise), jnp.where(below, -run, run)
     step = math.pi / ORIENTATIONS
     # A cross product with each limit instead of an arc tangent: no rounding to the wrong side, and cheap.
-    bins = sum(
-        (rise * math.cos(step * k) - run * math.sin(step * k) >= 0).astype(jnp.int32) for k in range(1, ORIENTATIONS)
-    )
+    bins = jnp.zeros(image.shape, jnp.int32)
+    for k in range(1, ORIENTATIONS):
+        bins += (rise * math.cos(step * k) - run * math.sin(step * k) >= 0).astype(jnp.int32)
     rows, columns = image.shape[-2] // CELL, image.shape[-1] // CELL
     cells = (*image.shape[:-2], rows, CELL, columns, CELL)
 

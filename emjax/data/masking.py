@@ -1,6 +1,6 @@
 """Hiding random blocks of a patch, for reconstruction as pretraining (SegNeuron, section on pretraining)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ def visible(draws: Draws, shape: Shape, blocks: Sequence[Shape]) -> Bool[Array, 
 
         return make
 
-    return jax.lax.switch(draws.scale, [with_block(tuple(block)) for block in blocks], draws)
+    return jax.lax.switch(draws.scale, [with_block((z, y, x)) for z, y, x in blocks], draws)
 
 
 def hidden_patch(
@@ -87,10 +87,10 @@ def hidden_patch(
     ``gaussian`` fills hidden blocks with noise of the patch's own mean and deviation (not clipped, as published),
     ``mean`` with the mean, ``zero`` with 0 (the ablations of the paper).
     """
-    shape = clean.shape
-    content = {
+    z, y, x = clean.shape
+    contents: dict[str, Callable[[], jax.Array | float]] = {
         "gaussian": lambda: clean.mean() + clean.std() * draws.noise,
         "mean": lambda: clean.mean(),
         "zero": lambda: 0.0,
-    }[fill]()
-    return hide(clean, content, visible(draws, shape, blocks))
+    }
+    return hide(clean, contents[fill](), visible(draws, (z, y, x), blocks))

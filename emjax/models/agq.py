@@ -10,7 +10,9 @@ batch statistics, softmaxes and attention leave invalid slots out, so results eq
 """
 
 import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -237,7 +239,8 @@ class UpLayer(nnx.Module):
         self.block = Residual(config, features, rngs)
 
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
-        x = resize_linear(jax.nn.elu(self.merge(x)), skip.shape[1:4], align_corners=True)
+        grid = skip.shape[1], skip.shape[2], skip.shape[3]
+        x = resize_linear(jax.nn.elu(self.merge(x)), grid, align_corners=True)
         return self.block(x + skip)
 
 
@@ -253,16 +256,15 @@ class Fusion(nnx.Module):
         self.remat = config.remat
 
     def __call__(self, levels: tuple[jax.Array, ...]) -> jax.Array:
-        grid = levels[1].shape[1:4]
-        total = None
+        grid = levels[1].shape[1], levels[1].shape[2], levels[1].shape[3]
+        terms = []
         for index, (conv, level) in enumerate(zip(self.pre, levels)):
 
             def layer(x: jax.Array, conv: ConvNorm = conv) -> jax.Array:
                 return resize_linear(jax.nn.elu(conv(x)), grid, align_corners=True)
 
-            term = _run(layer, self.remat and index == 0, level)
-            total = term if total is None else total + term
-        return jax.nn.elu(self.post(total))
+            terms.append(_run(layer, self.remat and index == 0, level))
+        return jax.nn.elu(self.post(functools.reduce(operator.add, terms)))
 
 
 def _run(layer: Callable, again: bool, *inputs: jax.Array) -> jax.Array:
@@ -569,7 +571,7 @@ class AGQ(nnx.Module):
         filters = config.filters
         kernels = [_ISO if isotropic else _XY for isotropic in config.isotropic]
         self.stem = ConvNorm(config, 1, filters[0], (1, 5, 5), rngs)
-        self.down = nnx.List()
+        self.down: nnx.List = nnx.List()
         for level, width in enumerate(filters):
             strides = (2 if config.isotropic[level] else 1, 2, 2) if level else (1, 1, 1)
             self.down.append(DownLayer(config, filters[max(level - 1, 0)], width, kernels[level], strides, rngs))
@@ -624,7 +626,9 @@ class AGQ(nnx.Module):
         ):
             if given is not None and given.shape != (batch, *grid, *channels):
                 raise UserError(f"AGQ: {name} of shape {given.shape}; expected {(batch, *grid, *channels)}")
-        position = jnp.broadcast_to(jnp.asarray(coordinates(tuple(grid)), fused.dtype), (batch, *grid, 3))
+        position = jnp.broadcast_to(
+            jnp.asarray(coordinates((grid[0], grid[1], grid[2])), fused.dtype), (batch, *grid, 3)
+        )
         x = jnp.concatenate([position, fused], -1)
         affinity_logits = self.affinity_branch(x) if affinity_override is None else affinity_override
         mask_features = self.mask_branch(x)

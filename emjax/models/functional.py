@@ -75,7 +75,7 @@ def initialise(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Colle
 
 def paths(tree: Mapping, prefix: str = "") -> list[str]:
     """Dotted paths of all leaves, in order."""
-    found = []
+    found: list[str] = []
     for name, value in tree.items():
         path = f"{prefix}.{name}" if prefix else name
         found += paths(value, path) if isinstance(value, Mapping) else [path]

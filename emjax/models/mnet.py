@@ -209,23 +209,26 @@ class MNet(nnx.Module):
         self.foreground = Mesh(decoder_wiring("_"), _decoder_inputs(config, "_"), config, rngs)
         first, second = config.outputs
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        options = {"use_bias": False, "kernel_init": init, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        self.affinity_head = Conv3d(config.widths[0], first, (1, 1, 1), **options)
-        self.foreground_head = Conv3d(config.widths[0], second, (1, 1, 1), **options)
+
+        def head(features: int) -> Conv3d:
+            dtype = jnp.dtype(config.dtype)
+            return Conv3d(
+                config.widths[0], features, (1, 1, 1), use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs
+            )
+
+        self.affinity_head = head(first)
+        self.foreground_head = head(second)
 
     def _input_of(self, node: Wiring, features: Features) -> jax.Array:
-        planar = None if node.planar is None else features[node.planar]
-        volumetric = None if node.volumetric is None else features[node.volumetric]
+        if node.planar is None:
+            return features["input"] if node.volumetric is None else pool_volumetric(features[node.volumetric])
+        if node.volumetric is None:
+            return pool_planar(features[node.planar])
+        planar, volumetric = features[node.planar], features[node.volumetric]
         if node.skip is None:
-            if planar is None and volumetric is None:
-                return features["input"]
-            if volumetric is None:
-                return pool_planar(planar)
-            if planar is None:
-                return pool_volumetric(volumetric)
             return merge(self.config.merge, pool_planar(planar), pool_volumetric(volumetric))
         skip_planar, skip_volumetric = features[f"{node.skip}.2d"], features[f"{node.skip}.3d"]
-        size = skip_planar.shape[1:4]
+        size = skip_planar.shape[1], skip_planar.shape[2], skip_planar.shape[3]
         upsampled = merge(self.config.merge, resize_linear(planar, size), resize_linear(volumetric, size))
         if not self.config.skips:
             return upsampled

@@ -134,7 +134,7 @@ def segment_in_memory(
     padding = [(0, max(block - length, 0)) for length, block in zip(image.shape, size)]
     padded = np.pad(image, padding, mode="symmetric") if any(after for _, after in padding) else image
 
-    def blocks() -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def blocks() -> Iterable[tuple[Sequence[int], np.ndarray, np.ndarray]]:
         for position in block_positions(padded.shape, size, stride):
             box = tuple(slice(start, start + length) for start, length in zip(position, size))
             yield (position, *run(padded[box]))

@@ -270,7 +270,7 @@ def wholly(counted: jax.Array, grid: Sequence[int]) -> jax.Array:
 
 def affinity_loss(logits: jax.Array, wanted: jax.Array, counted: jax.Array | None = None) -> jax.Array:
     """Mean binary cross-entropy of logits (b, z, y, x, 3) against targets at twice the grid, resized linearly."""
-    grid = logits.shape[1:4]
+    grid = logits.shape[1], logits.shape[2], logits.shape[3]
     small = jnp.clip(resize_linear(wanted.astype(jnp.float32), grid), 1e-5, 1 - 1e-5)
     return binary_cross_entropy(logits, small, None if counted is None else wholly(counted, grid))
 

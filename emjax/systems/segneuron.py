@@ -20,9 +20,21 @@ from emjax.data.targets import NEAREST_OFFSETS, affinities, foreground
 from emjax.errors import UserError
 from emjax.models import mnet
 from emjax.postprocess.foreground_multicut import Settings as Segmentation
-from emjax.postprocess.foreground_multicut import foreground_multicut
+from emjax.postprocess.foreground_multicut import (
+    brightest_of,
+    check_foreground,
+    foreground_multicut,
+    fragments,
+    is_background,
+    partition,
+    segment_sections,
+    slab_affinities,
+    slab_graph,
+)
+from emjax.postprocess.multicut import BoundaryEdges
+from emjax.postprocess.region_graph import Graph
 from emjax.systems import segneuron_pretraining
-from emjax.systems.protocol import Block, Output, flip_back_affinities, unit_grey
+from emjax.systems.protocol import Block, Output, Triple, flip_back_affinities, unit_grey
 
 PATCH = (20, 128, 128)
 PLAN = Block(size=PATCH, stride=(10, 64, 64), placement="centred", blending="gaussian_plus", sigma=0.2, floor=1e-6)
@@ -195,6 +207,63 @@ def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
         raise UserError(f"segneuron: {error}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class SlabDecoder:
+    """:func:`decode` by slabs of whole sections. Fragments never reach over a section, so labels are the very same."""
+
+    settings: Segmentation
+    pieces: None = None
+    whole_sections: bool = True
+    bytes_per_voxel: int = 48
+
+    def _affinities(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return slab_affinities(outputs["affinities"], outputs["foreground"][0], self.settings)
+
+    def fragments(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Fragments of every section; in mode 2d its segments."""
+        values = self._affinities(outputs)
+        made = fragments(values, self.settings)
+        if self.settings.mode == "2d":
+            return segment_sections(values, made, self.settings)[0]
+        occurs = np.zeros(int(made.max(initial=0)) + 1, np.uint32)
+        occurs[made.ravel()] = 1
+        return np.cumsum(occurs, dtype=np.uint32)[made]
+
+    def notes(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The largest foreground probability."""
+        return {"brightest": np.asarray(brightest_of(outputs["foreground"]))}
+
+    def edges(self, outputs: Mapping[str, np.ndarray], fragments: np.ndarray, lead: Triple) -> Graph:
+        """Means of the boundary probability; none in mode 2d."""
+        if self.settings.mode == "2d":
+            return Graph(
+                nodes=0, uv=np.zeros((0, 2), np.uint32), count=np.zeros(0, np.uint32), sum=np.zeros(0, np.int64)
+            )
+        return slab_graph(self._affinities(outputs), fragments, lead[0], self.settings.threads)
+
+    def partition(self, graph: Graph, nodes: int, notes: list[dict[str, np.ndarray]]) -> np.ndarray:
+        """The multicut."""
+        if self.settings.restrict:
+            try:
+                check_foreground(max(float(note["brightest"]) for note in notes))
+            except ValueError as error:
+                raise UserError(f"segneuron: {error}") from None
+        if self.settings.mode == "2d":
+            return np.arange(nodes + 1, dtype=np.uint32)
+        return partition(BoundaryEdges(graph.uv, graph.mean, graph.count.astype(float)), nodes, self.settings)
+
+    def finish(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+        """0 where ``settings.background`` says so."""
+        if self.settings.background is None:
+            return labels
+        return np.where(is_background(outputs["foreground"][0], self.settings.background), 0, labels)
+
+
+def block_decoder(config: Config) -> SlabDecoder:
+    """Segments volumes that do not fit into memory."""
+    return SlabDecoder(config.segmentation)
+
+
 def block(config: Config) -> Block:
     """The plan of prediction."""
     return config.plan
@@ -230,7 +299,7 @@ def rescaling(voxel_size: tuple[float, float, float]) -> tuple[tuple[float, floa
     low, high = IN_PLANE_NM
     side = min(max((y * x) ** 0.5, low), high)
     if low <= y <= high and low <= x <= high:
-        return tuple(voxel_size), f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are within the trained 5 to 10 nm"
+        return (z, y, x), f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are within the trained 5 to 10 nm"
     wanted = (max(z, min(side, high)) if z < low else z, side, side)
     return wanted, (
         f"voxels of {z:g} x {y:g} x {x:g} nm (z, y, x) are outside of the trained 5 to 10 nm in plane: rescaled to "

@@ -93,7 +93,8 @@ def hidden(config: Config, clean: jax.Array, key: jax.Array) -> jax.Array:
 
     def one(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
         patch, key = arguments
-        return hidden_patch(patch, draw(key, patch.shape, config.blocks, config.ratio), config.blocks, config.fill)
+        z, y, x = patch.shape
+        return hidden_patch(patch, draw(key, (z, y, x), config.blocks, config.ratio), config.blocks, config.fill)
 
     # A loop over the batch, not vmap, which would compute the masks of all block shapes.
     return jax.lax.map(one, (clean, jax.random.split(key, len(clean))))

@@ -50,7 +50,7 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
 class AmsgradState(NamedTuple):
     """Moments of :func:`scale_by_amsgrad`."""
 
-    count: jax.Array
+    steps: jax.Array
     mean: Any
     square: Any
     largest: Any
@@ -66,14 +66,14 @@ def scale_by_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 
     def update(updates, state, params=None):
         del params
-        count = state.count + 1
+        steps = state.steps + 1
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
         square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates)
         largest = jax.tree.map(jnp.maximum, state.largest, square)
         # 1 - b**count loses half its digits in the first steps; this form keeps them.
-        first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
+        first, second = -jnp.expm1(steps * math.log(b1)), -jnp.expm1(steps * math.log(b2))
         scaled = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v) / jnp.sqrt(second) + eps), mean, largest)
-        return scaled, AmsgradState(count, mean, square, largest)
+        return scaled, AmsgradState(steps, mean, square, largest)
 
     return optax.GradientTransformation(init, update)
 

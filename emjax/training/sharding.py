@@ -39,8 +39,8 @@ def parameter_spec(config: Mesh, mesh: DeviceMesh, path: str, shape: tuple[int, 
             if axis >= len(shape) or shape[axis] % parts:
                 raise UserError(f"mesh.rules: {pattern!r} splits axis {axis} of {path} {shape} over {parts} devices")
             return P(*[tuple(axes) if index == axis else None for index in range(len(shape))])
-    axis = _largest_divisible(shape, parts) if int(np.prod(shape)) >= config.fsdp_min_size else None
-    return P() if axis is None else P(*[tuple(axes) if index == axis else None for index in range(len(shape))])
+    largest = _largest_divisible(shape, parts) if int(np.prod(shape)) >= config.fsdp_min_size else None
+    return P() if largest is None else P(*[tuple(axes) if index == largest else None for index in range(len(shape))])
 
 
 def dotted(path: tuple) -> str:

@@ -180,7 +180,9 @@ def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
 
 def config_from(settings: Mapping[str, Any], **changes: Any) -> AGQConfig:
     """The network's configuration from a checkpoint's settings; ``changes`` replace fields, such as ``dtype``."""
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    told: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     return dataclasses.replace(AGQConfig(**told), **changes)
 
 

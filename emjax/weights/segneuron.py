@@ -100,7 +100,9 @@ def write_segneuron(collections: Mapping[str, Mapping], config: Config) -> State
 
 def network(settings: Mapping[str, Any]) -> Definition:
     """The network of stored settings (fields of :class:`emjax.models.mnet.Config`)."""
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     config = Config(**plain)
     return define(lambda rngs: MNet(config, rngs))
 

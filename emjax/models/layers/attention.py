@@ -60,11 +60,11 @@ def attend(
     lead = query.shape[:-2]
     if implementation == "cudnn" or (implementation == "auto" and _fused_fits(query, key)):
         flat = [a.reshape(-1, lead[-1] if lead else 1, *a.shape[-2:]) for a in (query, key, value)]
-        tokens_first = [jnp.swapaxes(a, 1, 2) for a in flat]
+        q, k, v = (jnp.swapaxes(a, 1, 2) for a in flat)
         if mask is not None:
             mask = jnp.broadcast_to(mask, (*lead, query.shape[-2], key.shape[-2]))
             mask = mask.reshape(-1, lead[-1] if lead else 1, query.shape[-2], key.shape[-2])
-        out = jax.nn.dot_product_attention(*tokens_first, mask=mask, implementation="cudnn")
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
         return jnp.swapaxes(out, 1, 2).reshape(query.shape[:-1] + value.shape[-1:])
     scaled = query * np.asarray(1 / math.sqrt(query.shape[-1]), query.dtype)
     tokens, keys = query.shape[-2], key.shape[-2]

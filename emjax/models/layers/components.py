@@ -7,6 +7,7 @@ trees merge at once (Shiloach and Vishkin 1982).
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ _JUMPS = 4
 _NEIGHBOURS = tuple(offset for offset in itertools.product((-1, 0, 1), repeat=3) if any(offset))
 
 
-def _shifted(volume: jax.Array, offset: tuple[int, int, int], outside: int) -> jax.Array:
+def _shifted(volume: jax.Array, offset: Sequence[int], outside: int) -> jax.Array:
     """``volume[v + offset]``, ``outside`` beyond the border."""
     padded = jnp.pad(volume, [(max(-step, 0), max(step, 0)) for step in offset], constant_values=outside)
     start = [max(step, 0) for step in offset]
@@ -29,7 +30,7 @@ def _smallest_around(roots: jax.Array, mask: jax.Array, nothing: int) -> jax.Arr
         before[axis], after[axis] = -1, 1
         roots = jnp.minimum(
             roots,
-            jnp.minimum(_shifted(roots, tuple(before), nothing), _shifted(roots, tuple(after), nothing)),
+            jnp.minimum(_shifted(roots, before, nothing), _shifted(roots, after, nothing)),
         )
     return jnp.where(mask, roots, nothing)
 

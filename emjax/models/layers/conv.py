@@ -10,6 +10,7 @@ Arrays are ``(batch, z, y, x, channel)``, kernels ``(kz, ky, kx, in, out)``.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Literal
 
@@ -60,7 +61,8 @@ def _planewise(x: jax.Array, kernel: jax.Array, strides: Triple, pads: Pads) -> 
 
     def plane(z: jax.Array) -> jax.Array:
         slab = lax.dynamic_slice_in_dim(x, z * strides[0], kz, axis=1)
-        return sum(_plane_conv(slab[:, tap], kernel[tap], strides[1:], pads[1:]) for tap in range(kz))
+        taps = (_plane_conv(slab[:, tap], kernel[tap], strides[1:], pads[1:]) for tap in range(kz))
+        return functools.reduce(operator.add, taps)
 
     # The batch stays a batch dimension of every plane, so that a sharded batch is never gathered.
     return jnp.moveaxis(lax.map(plane, jnp.arange(planes)), 0, 1)
@@ -94,9 +96,9 @@ def _planewise_kernel_gradient(x: jax.Array, gradient: jax.Array, shape, strides
 def _planewise_input_gradient(x, kernel, gradient, strides: Triple, pads: Pads) -> jax.Array:
     if strides == (1, 1, 1):
         flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
-        turned = tuple((size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape[:3], pads))
-        if all(low >= 0 and high >= 0 for low, high in turned):
-            return _planewise(gradient, flipped, strides, turned)
+        z, y, x_ = ((size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape[:3], pads))
+        if min(*z, *y, *x_) >= 0:
+            return _planewise(gradient, flipped, strides, (z, y, x_))
     return jax.vjp(lambda volume: _planewise(volume, kernel, strides, pads), x)[1](gradient)[0]
 
 
@@ -138,7 +140,8 @@ _convolve.defvjp(_forward, _backward)
 
 def same_pads(kernel: Triple) -> Pads:
     """Symmetric padding that keeps the size at stride 1 (PyTorch's ``kernel // 2``)."""
-    return tuple((size // 2, size // 2) for size in kernel)  # type: ignore[return-value]
+    z, y, x = ((size // 2, size // 2) for size in kernel)
+    return z, y, x
 
 
 def conv3d(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1), padding: Padding = "zero") -> jax.Array:
@@ -147,14 +150,16 @@ def conv3d(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1), padding
     ``padding`` is ``"zero"`` or ``"replicate"`` by half the kernel on each side, or ``"valid"``. Cross-correlation, as
     in every deep-learning library. Reverse-mode differentiable.
     """
-    pads = same_pads(kernel.shape[:3])
+    kz, ky, kx = kernel.shape[:3]
+    pads = same_pads((kz, ky, kx))
     if padding == "replicate":
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="edge")
     if padding != "zero":
         pads = ((0, 0), (0, 0), (0, 0))
+    sz, sy, sx = strides
     if _is_small(x, kernel, strides):
-        return _native(x, kernel, tuple(strides), pads)
-    return _convolve(x, kernel, tuple(strides), pads)
+        return _native(x, kernel, (sz, sy, sx), pads)
+    return _convolve(x, kernel, (sz, sy, sx), pads)
 
 
 def depthwise_conv3d(x: jax.Array, kernel: jax.Array, padding: Padding = "zero") -> jax.Array:
@@ -167,12 +172,13 @@ def depthwise_conv3d(x: jax.Array, kernel: jax.Array, padding: Padding = "zero")
         pads = ((0, 0), *same_pads((kz, ky, kx)), (0, 0))
         x = jnp.pad(x, pads, mode="edge" if padding == "replicate" else "constant")
     depth, height, width = x.shape[1] - kz + 1, x.shape[2] - ky + 1, x.shape[3] - kx + 1
-    return sum(
+    products = (
         x[:, a : a + depth, b : b + height, c : c + width] * kernel[a, b, c]
         for a in range(kz)
         for b in range(ky)
         for c in range(kx)
     )
+    return functools.reduce(operator.add, products)
 
 
 def upconv3d(x: jax.Array, kernel: jax.Array) -> jax.Array:
