@@ -40,8 +40,9 @@ class Config:
 
     Attributes:
         model: the network.
-        offsets: predicted affinities (z, y, x); the first three must be the nearest neighbours, further ones are
-            trained as auxiliary targets and not used by ``decode``.
+        offsets: trained affinities (z, y, x); the first three must be the nearest neighbours, further ones are
+            auxiliary targets.
+        predicted: the affinities that ``predict`` returns: the nearest, which is all that ``decode`` uses, or all.
         widen_borders: window in which a voxel with two ids becomes background; ``None`` leaves labels as they are.
         loss: ``"bce"`` or ``"mse"`` (of the probabilities), plus ``dice_weight`` times a Dice term.
         class_balance: rarer class weighs more, so that thin membranes count.
@@ -53,6 +54,7 @@ class Config:
 
     model: UNetConfig = UNetConfig()
     offsets: tuple[Offset, ...] = NEAREST_OFFSETS
+    predicted: Literal["nearest", "all"] = "nearest"
     widen_borders: Triple | None = (1, 3, 3)
     loss: Literal["bce", "mse"] = "bce"
     dice_weight: float = 0.0
@@ -136,28 +138,32 @@ def loss(
     return value, scalars | {"recall": recall, "specificity": specificity}
 
 
+def _predicted(config: Config) -> tuple[Offset, ...]:
+    return config.offsets if config.predicted == "all" else NEAREST_OFFSETS
+
+
 def predict(config: Config, model: UNet, image: jax.Array) -> dict[str, jax.Array]:
-    """``affinities`` (b, z, y, x, 3) in [0, 1] of the three nearest neighbours."""
+    """``affinities`` (b, z, y, x, offset) in [0, 1], of the three nearest neighbours or of all offsets."""
     logits = model(_normalise(config, image))
     main = logits[0] if isinstance(logits, tuple) else logits
-    return {"affinities": jax.nn.sigmoid(main[..., :3])}
+    return {"affinities": jax.nn.sigmoid(main[..., : len(_predicted(config))])}
 
 
 def flip_back(config: Config, outputs: dict[str, jax.Array], axes: tuple[int, ...]) -> dict[str, jax.Array]:
     """Outputs of a flipped block in the unflipped frame."""
-    return {"affinities": flip_back_affinities(outputs["affinities"], NEAREST_OFFSETS, axes)}
+    return {"affinities": flip_back_affinities(outputs["affinities"], _predicted(config), axes)}
 
 
 def outputs(config: Config) -> dict[str, Output]:
-    """The nearest affinities."""
-    offsets = [list(offset) for offset in NEAREST_OFFSETS]
-    return {"affinities": Output(kind="affinities", channels=3, attributes={"offsets": offsets})}
+    """The affinities, with their offsets."""
+    offsets = [list(offset) for offset in _predicted(config)]
+    return {"affinities": Output(kind="affinities", channels=len(offsets), attributes={"offsets": offsets})}
 
 
 def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
-    """Labels uint32 (z, y, x) from ``affinities`` (3, z, y, x), float32 or uint8 (scaled by 255)."""
+    """Labels uint32 (z, y, x) from ``affinities`` (offset, z, y, x), float32 or uint8 (scaled by 255)."""
     settings = config.segmentation
-    wanted = np.asarray(outputs["affinities"])
+    wanted = np.asarray(outputs["affinities"])[:3]
     fragments = watershed(wanted, settings.low, settings.high)
     tree = agglomerate(region_graph(wanted, fragments), settings.threshold, score=settings.score)
     return apply(tree.cut(settings.threshold), fragments)
