@@ -9,6 +9,7 @@ Examples::
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from emjax.data.volume import Volume, is_complete, open_volume, save_volume
 from emjax.errors import UserError
 from emjax.inference import segmentation
 from emjax.inference.blockwise import block_shape, segment_blockwise
+from emjax.inference.decoding import decode_blockwise
 from emjax.inference.executor import Stripes
 from emjax.inference.ledger import content_hash
 from emjax.inference.options import bounding_box, byte_size, executor_of, memory_of_machine, numbers, whole_triple
@@ -279,7 +281,13 @@ def _decode(config: Any, options: argparse.Namespace, prediction: Mapping[str, s
         channels = volume.shape[0] if volume.axes == "czyx" else 1
         if channels != outputs[name].channels:
             raise UserError(f"{volume.spec}: {channels} channels, expected {outputs[name].channels} of output {name}")
-    needed, most = 2 * sum(volume.nbytes for volume in volumes.values()), _whole_memory(options)
+    # Twice the outputs, and labels.
+    needed = 2 * sum(volume.nbytes for volume in volumes.values()) + 8 * math.prod(first.spatial_shape)
+    most = _whole_memory(options)
+    by_blocks = hasattr(system, "block_decoder")
+    if by_blocks and (needed > most or options.segment_block or options.executor != "local"):
+        _decode_by_blocks(config, options, volumes)
+        return
     if needed > most:
         raise UserError(
             f"{options.input}: decoding at once needs about {needed / 1e9:.1f} GB, {most / 1e9:.1f} GB are allowed "
@@ -288,6 +296,41 @@ def _decode(config: Any, options: argparse.Namespace, prediction: Mapping[str, s
     arrays = {name: volume[...].reshape(-1, *volume.spatial_shape) for name, volume in volumes.items()}
     labels = system.decode(config, arrays)
     _save_labels(options, first, labels)
+
+
+def _decode_by_blocks(config: Any, options: argparse.Namespace, volumes: Mapping[str, Volume]) -> None:
+    """The system's own post-processing, block by block; a killed run goes on."""
+    system: Any = system_of(config)
+    decoder, shape = system.block_decoder(config), next(iter(volumes.values())).spatial_shape
+    executor = executor_of(options)
+    memory = byte_size(options.memory) // max(executor.workers(), 1)
+    z, y, x = whole_triple(options.segment_block, "--segment-block") or block_shape(
+        shape, memory, bytes_per_voxel=decoder.bytes_per_voxel
+    )
+    if decoder.whole_sections:
+        area = shape[1] * shape[2]
+        z = z if options.segment_block else max(1, memory // decoder.bytes_per_voxel // area)
+        y, x = shape[1:]
+    attributes = {"source": options.input, "method": "system"}
+    try:
+        count = decode_blockwise(
+            decoder,
+            volumes,
+            Places(options.output),
+            {"prediction": {name: volume.attributes.get("plan") for name, volume in volumes.items()}},
+            (min(z, shape[0]), min(y, shape[1]), min(x, shape[2])),
+            executor,
+            attributes=attributes,
+            overwrite=options.overwrite,
+            threads=_cores(),
+        )
+    finally:
+        executor.close()
+    if count is None:
+        return
+    if options.pyramid:
+        write_pyramid(options.output)
+    print(f"{options.output}: {count} segments")
 
 
 def _save_labels(options: argparse.Namespace, volume: Volume, labels: np.ndarray) -> None:

@@ -38,9 +38,9 @@ BYTES_PER_VOXEL = 40
 """Of one block in work: affinities, flags, fragments, faces and their copies."""
 
 
-def block_shape(shape: Sequence[int], memory: int, chunk: int = 64) -> Place:
+def block_shape(shape: Sequence[int], memory: int, chunk: int = 64, bytes_per_voxel: int = BYTES_PER_VOXEL) -> Place:
     """A block of whole chunks, as near to a cube as the volume allows, that ``memory`` bytes can work on."""
-    most = max(memory // BYTES_PER_VOXEL, chunk**3)
+    most = max(memory // bytes_per_voxel, chunk**3)
     block = [min(chunk, length) for length in shape]
     while True:
         grown = [axis for axis in range(3) if block[axis] < shape[axis]]
@@ -118,7 +118,8 @@ def _pending(packed: Mapping[str, np.ndarray]) -> Pending:
     return Pending(**{field.name: packed[f"pending_{field.name}"] for field in dataclasses.fields(Pending)})
 
 
-def _pack_graph(graph: Graph) -> dict[str, np.ndarray]:
+def pack_graph(graph: Graph) -> dict[str, np.ndarray]:
+    """Arrays from which :func:`unpack_graph` makes the graph again, without running means and sizes."""
     packed: dict[str, Any] = {"nodes": graph.nodes, "scale": graph.scale, "uv": graph.uv, "count": graph.count}
     for name in ("sum", "max"):
         if getattr(graph, name) is not None:
@@ -129,7 +130,8 @@ def _pack_graph(graph: Graph) -> dict[str, np.ndarray]:
     return packed
 
 
-def _unpack_graph(packed: Mapping[str, np.ndarray]) -> Graph:
+def unpack_graph(packed: Mapping[str, np.ndarray]) -> Graph:
+    """The graph of :func:`pack_graph`."""
     names = [field.name for field in dataclasses.fields(Histograms)]
     histograms = None
     if f"histograms_{names[0]}" in packed:
@@ -179,7 +181,7 @@ class BlockStage:
         fragments = self.work.image("fragments")[box.slices]
         statistics = parse_score(self.work.settings.score).statistics()
         save_arrays(
-            self.work.side("edges", place), _pack_graph(block_graph(self.work.read(box), fragments, lead, statistics))
+            self.work.side("edges", place), pack_graph(block_graph(self.work.read(box), fragments, lead, statistics))
         )
 
 
@@ -213,7 +215,7 @@ def _merge(work: Work, say: Callable[[str], None]) -> tuple[MergeTree, np.ndarra
     graph: Graph | None = None
     waiting: list[Graph] = []
     for place in places:
-        waiting.append(_unpack_graph(load_arrays(work.side("edges", place))))
+        waiting.append(unpack_graph(load_arrays(work.side("edges", place))))
         if sum(len(part.uv) for part in waiting) > max(1 << 22, len(graph.uv) if graph else 0):
             graph = waiting[0].merge(*waiting[1:]) if graph is None else graph.merge(*waiting)
             waiting = []

@@ -241,9 +241,18 @@ def lookup_at(merges: Merges, threshold: float, dust: int = 0) -> np.ndarray:
 
 
 def write_labels(
-    fragments: Volume, lut: np.ndarray, output: str, attributes: Mapping[str, Any], overwrite: bool, threads: int = 1
+    fragments: Volume,
+    lut: np.ndarray,
+    output: str,
+    attributes: Mapping[str, Any],
+    overwrite: bool,
+    threads: int = 1,
+    finish: Callable[[tuple[slice, ...], np.ndarray], np.ndarray] = lambda box, labels: labels,
 ) -> int:
-    """Writes ``lut[fragments]`` block by block; an old volume is replaced only by a whole new one. Returns segments."""
+    """Writes ``lut[fragments]`` block by block; an old volume is replaced only by a whole new one. Returns segments.
+
+    ``finish`` has the last word on the labels (z, y, x) of each box.
+    """
     size, origin = fragments.require_voxel_size(), fragments.offset
     local_store = output.rstrip("/").endswith((".zarr", ".n5")) and "://" not in output
     replaced = overwrite and local_store and os.path.isdir(output)
@@ -262,7 +271,7 @@ def write_labels(
         shards=fragments.shards if output.rstrip("/").endswith(".zarr") else None,
     ) as labels:
         for box in blocks(fragments.spatial_shape, step):
-            labels[box] = apply(lut, fragments[box], threads=threads)
+            labels[box] = finish(box, apply(lut, fragments[box], threads=threads))
     if replaced:
         _swap(target, output)
     return int(np.count_nonzero(np.bincount(lut)[1:])) if len(lut) > 1 else 0

@@ -96,8 +96,11 @@ def fragments(affinities: np.ndarray, settings: Settings = Settings()) -> np.nda
     )
 
 
-def _slab_graph(affinities: np.ndarray, labels: np.ndarray, before: int, threads: int) -> Graph:
-    """Sums of boundary probabilities on the faces whose upper voxel is in the slab, without ``before`` sections."""
+def slab_graph(affinities: np.ndarray, labels: np.ndarray, before: int, threads: int = 1) -> Graph:
+    """Sums of boundary probabilities on the faces whose upper voxel is in a slab, without ``before`` sections.
+
+    ``affinities`` (3, z, y, x), restricted already; ``labels`` (z, y, x), fragments.
+    """
     split = np.uint8(255) - affinities if affinities.dtype == np.uint8 else np.float32(1) - affinities
     return block_graph(split, labels, (before, 0, 0), threads=threads)
 
@@ -118,19 +121,25 @@ def _slabs(shape: tuple[int, int, int], settings: Settings) -> Iterator[tuple[in
         yield start, min(start + thickness, shape[0])
 
 
-def _read(affinities: Any, foreground: Any, z: slice, settings: Settings) -> np.ndarray:
-    chosen = np.asarray(affinities[:, z])
+def slab_affinities(affinities: np.ndarray, foreground: np.ndarray | None, settings: Settings) -> np.ndarray:
+    """Affinities (3, z, y, x) as the pipeline uses them: limited by the foreground (z, y, x) if so set; uint8 or
+    float32."""
+    chosen = np.asarray(affinities)
     if chosen.dtype != np.uint8:
         chosen = chosen.astype(np.float32, copy=False)
-    if not settings.restrict:
+    if not settings.restrict or foreground is None:
         return chosen
-    inside = np.asarray(foreground[z])
+    inside = np.asarray(foreground)
     if inside.dtype != chosen.dtype:
         chosen, inside = (
             part.astype(np.float32) / np.float32(255) if part.dtype == np.uint8 else part.astype(np.float32)
             for part in (chosen, inside)
         )
     return restricted(chosen, inside)
+
+
+def _read(affinities: Any, foreground: Any, z: slice, settings: Settings) -> np.ndarray:
+    return slab_affinities(affinities[:, z], foreground[z] if settings.restrict else None, settings)
 
 
 def _check(affinities: Any, foreground: Any, settings: Settings) -> tuple[int, int, int]:
@@ -177,22 +186,19 @@ def foreground_multicut(
         before = int(start > 0)
         values = _read(affinities, foreground, slice(start - before, stop), settings)
         if settings.restrict:
-            brightest = max(brightest, _largest(foreground, slice(start, stop)))
+            brightest = max(brightest, brightest_of(foreground[start:stop]))
         made = fragments(values[:, before:], settings)
         empty += [start + z for z, section in enumerate(made) if section.min() == section.max()]
         made += np.uint32(nodes)
         labels[start:stop] = made
         if settings.mode == "2d":
-            nodes = _segment_sections(values, labels, start, stop, before, settings, nodes)
+            labels[start:stop], nodes = segment_sections(values[:, before:], made, settings, nodes)
             continue
         nodes = int(made.max())
-        part = _slab_graph(values, labels[start - before : stop], before, settings.threads)
+        part = slab_graph(values, labels[start - before : stop], before, settings.threads)
         graph = part if graph is None else graph.merge(part)
-    if settings.restrict and brightest <= 0.5:
-        raise ValueError(
-            f"foreground is at most {brightest:.3g} in the whole volume; expected neurons (above 0.5): look at the "
-            "image's grey values and voxel size, or segment without restriction"
-        )
+    if settings.restrict:
+        check_foreground(brightest)
     if empty:
         shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
         logger.warning("sections without a boundary between fragments (all or nothing is boundary): %s", shown)
@@ -202,14 +208,29 @@ def foreground_multicut(
             labels[start:stop] = apply(lut, labels[start:stop], threads=settings.threads)
     if settings.background is not None:
         for start, stop in _slabs(shape, settings):
-            inside = np.asarray(foreground[start:stop])
-            labels[start:stop][inside < settings.background * (255 if inside.dtype == np.uint8 else 1)] = 0
+            labels[start:stop][is_background(foreground[start:stop], settings.background)] = 0
     return labels
 
 
-def _largest(foreground: Any, z: slice) -> float:
-    inside = np.asarray(foreground[z])
+def brightest_of(foreground: np.ndarray) -> float:
+    """The largest foreground probability, of uint8 (value / 255) or floats."""
+    inside = np.asarray(foreground)
     return float(inside.max()) / (255 if inside.dtype == np.uint8 else 1)
+
+
+def is_background(foreground: np.ndarray, threshold: float) -> np.ndarray:
+    """Where the foreground, uint8 (value / 255) or float, is below a probability."""
+    inside = np.asarray(foreground)
+    return inside < threshold * (255 if inside.dtype == np.uint8 else 1)
+
+
+def check_foreground(brightest: float) -> None:
+    """Raises ``ValueError`` if the largest foreground probability of a volume says that there is no neuron."""
+    if brightest <= 0.5:
+        raise ValueError(
+            f"foreground is at most {brightest:.3g} in the whole volume; expected neurons (above 0.5): look at the "
+            "image's grey values and voxel size, or segment without restriction"
+        )
 
 
 def _occurring_first(labels: np.ndarray, edges: BoundaryEdges, nodes: int, settings: Settings) -> np.ndarray:
@@ -223,15 +244,19 @@ def _occurring_first(labels: np.ndarray, edges: BoundaryEdges, nodes: int, setti
     return np.where(occurs, partition(inner, int(compact[-1]), settings)[compact], 0).astype(np.uint32)
 
 
-def _segment_sections(
-    values: np.ndarray, labels: np.ndarray, start: int, stop: int, before: int, settings: Settings, segments: int
-) -> int:
-    """Replaces the fragments of each section by its own segments, numbered on from ``segments``."""
-    for z in range(start, stop):
-        used, compact = np.unique(labels[z], return_inverse=True)
-        section = (compact.reshape(labels[z].shape) + 1).astype(np.uint32)
-        edges = boundary_edge_features(values[:, z - start + before][:, None], section[None], threads=settings.threads)
+def segment_sections(
+    affinities: np.ndarray, labels: np.ndarray, settings: Settings, segments: int = 0
+) -> tuple[np.ndarray, int]:
+    """Segments of each section by itself, and how many there are then.
+
+    ``affinities`` (3, z, y, x), restricted already; ``labels`` (z, y, x), fragments. Numbers run on from ``segments``.
+    """
+    found = np.empty(labels.shape, np.uint32)
+    for z, section in enumerate(labels):
+        used, compact = np.unique(section, return_inverse=True)
+        ids = (compact.reshape(section.shape) + 1).astype(np.uint32)[None]
+        edges = boundary_edge_features(affinities[:, z : z + 1], ids, threads=settings.threads)
         lut = partition(edges, len(used), settings)
-        labels[z] = apply(lut, section[None])[0] + np.uint32(segments)
+        found[z] = apply(lut, ids)[0] + np.uint32(segments)
         segments += int(lut.max())
-    return segments
+    return found, segments

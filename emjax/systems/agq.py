@@ -12,7 +12,11 @@ from flax import nnx
 from emjax.data.targets import NEAREST_OFFSETS
 from emjax.errors import UserError
 from emjax.models.agq import AGQ, AGQConfig, without_background
-from emjax.postprocess.block_merge import merge_blocks
+from emjax.postprocess.agglomerate import agglomerate
+from emjax.postprocess.block_merge import border_affinities, merge_blocks
+from emjax.postprocess.blockwise import block_graph
+from emjax.postprocess.components import label_components
+from emjax.postprocess.region_graph import Graph
 from emjax.systems.agq_blocks import SOFT_AREA, block_affinities, block_labels, border_between_blocks
 from emjax.systems.agq_loss import LossConfig, Targets, criterion, make_targets, total
 from emjax.systems.protocol import Block, Output, Triple, unit_grey
@@ -199,6 +203,44 @@ def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
         discretize_queue=settings.queue if settings.ties == "waterz" else 0,
         threads=settings.threads,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stitching:
+    """:func:`decode` in blocks. Always ``ties="canonical"``: the order of a queue would depend on the blocks."""
+
+    settings: Merge
+    pieces: str = "instances"
+    whole_sections: bool = False
+    bytes_per_voxel: int = 80
+
+    def fragments(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """26-connected parts of instances."""
+        return label_components(outputs["instances"][0], 26)
+
+    def notes(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Nothing."""
+        return {}
+
+    def edges(self, outputs: Mapping[str, np.ndarray], fragments: np.ndarray, lead: Triple) -> Graph:
+        """Mean affinities, raised on the faces between blocks of prediction."""
+        border = border_between_blocks(outputs["instances"][0])
+        values = border_affinities(outputs["affinities"], border, self.settings.on_border)
+        return block_graph(values, fragments, lead, ("mean",))
+
+    def partition(self, graph: Graph, nodes: int, notes: list[dict[str, np.ndarray]]) -> np.ndarray:
+        """Agglomeration."""
+        tree = agglomerate(graph, self.settings.threshold)
+        return dataclasses.replace(tree, nodes=nodes).cut()
+
+    def finish(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+        """As they are."""
+        return labels
+
+
+def block_decoder(config: Config) -> Stitching:
+    """Joins instances of volumes that do not fit into memory."""
+    return Stitching(config.merge)
 
 
 def block(config: Config) -> Block:

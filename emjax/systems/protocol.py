@@ -8,9 +8,16 @@ samples, where one augmented crop is not all. ``inherits(config, other)`` says w
 run of another system (``train.init_from``). ``domain(config, voxel_size)`` gives a warning for volumes of a voxel size
 that the system was not made for, or raises. ``agglomeration(config)``, of a system whose ``decode`` is watershed and
 agglomeration of the output ``affinities``, gives ``low``, ``high``, ``score`` and ``threshold``: such a system is also
-segmented block by block and at other thresholds. ``segment_volume(config, model, image)``, of a system that cannot work
-by independent blocks, gives labels uint32 (z, y, x) of a whole image, uint8 or float32 in 0..1; the spine then neither
-predicts nor decodes.
+segmented block by block and at other thresholds. ``block_decoder(config)`` gives a :class:`BlockDecoder`, by which
+predictions are decoded that do not fit into memory.
+
+``segment_volume(config, collections, image)`` is for a system that cannot work by independent blocks, because what it
+finds in a slice depends on the slices before (tracking, memory). It gives a :class:`Streaming`: the volumes to be
+written, and a function that goes through the image in slabs of a few slices. ``emjax.segment`` then neither predicts
+nor decodes: it writes what each slab gives, keeps the state now and then, and goes on from there after a kill.
+``collections`` are the variables of ``--checkpoint``, None without one; ``image`` is an opened volume (z, y, x), uint8
+or float32 in 0..1, of which only what is indexed is read. Whatever can be wrong (prompts, sizes, weights) raises
+``UserError`` here, before anything is written.
 """
 
 import dataclasses
@@ -24,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from emjax.errors import UserError
+from emjax.postprocess.region_graph import Graph
 
 Triple = tuple[int, int, int]
 
@@ -125,6 +133,39 @@ class System(Protocol):
 
     def validate(self, config: Any) -> None:
         """Raises ``UserError`` for a configuration that cannot work, before anything is compiled."""
+
+
+class BlockDecoder(Protocol):
+    """``decode`` in parts that each see one block, for volumes of any size; the segmentation does not depend on blocks.
+
+    Fragments of blocks are numbered through, faces between them become one region graph, its partition says which
+    fragments are one segment. Picklable; all methods are pure.
+
+    Attributes:
+        pieces: the output whose equal values, 26-connected over the faces of blocks too, are the fragments (0 is
+            background); ``None`` if :meth:`fragments` makes them, and none reaches over a face.
+        whole_sections: blocks have whole sections.
+        bytes_per_voxel: memory for one voxel of a block in work.
+    """
+
+    pieces: str | None
+    whole_sections: bool
+    bytes_per_voxel: int
+
+    def fragments(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Fragments uint32 (z, y, x), 1, 2, ... without gaps, of a block's outputs (channel, z, y, x)."""
+
+    def notes(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What :meth:`partition` wants to know of each block."""
+
+    def edges(self, outputs: Mapping[str, np.ndarray], fragments: np.ndarray, lead: Triple) -> Graph:
+        """Edges of the faces whose upper voxel lies in a block; both arguments have ``lead`` more planes below it."""
+
+    def partition(self, graph: Graph, nodes: int, notes: list[dict[str, np.ndarray]]) -> np.ndarray:
+        """Segment of each fragment 0..nodes, uint32, 0 stays 0. Raises ``UserError`` for outputs that cannot be."""
+
+    def finish(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+        """The labels of a block as they are stored."""
 
 
 def system_of(config: Any) -> System:
