@@ -8,7 +8,7 @@ import numpy as np
 
 from emjax.errors import UserError
 from emjax.models.functional import Definition, define
-from emjax.models.sam2.config import HIERA, SAM2Config, sam2_config
+from emjax.models.sam2.config import HIERA, SIZES, SAM2Config, sam2_config
 from emjax.models.sam2.model import SAM2
 from emjax.weights.family import Family, Shapes, Spelling
 from emjax.weights.rules import CHANNELS_LAST, TRANSPOSED_KERNEL, Rules, State
@@ -140,9 +140,9 @@ def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
         for pattern, axis, rank in ((r"pos_embed$", 1, 4), (r"patch_embed\.proj(ection)?\.bias$", 0, 1))
         if re.match(trunk + pattern, name) and len(shape) == rank
     ]
-    sizes = [size for size, hiera in HIERA.items() if hiera.depth == depth and hiera.width in widths]
+    sizes = [size for size in SIZES if HIERA[size].depth == depth and HIERA[size].width in widths]
     if not sizes:
-        known = ", ".join(f"{size} ({hiera.width}, {hiera.depth})" for size, hiera in HIERA.items())
+        known = ", ".join(f"{size} ({hiera.width}, {hiera.depth})" for size, hiera in HIERA.items() if size in SIZES)
         raise UserError(
             f"{what} has a SAM 2 trunk of {widths[0] if widths else 'unknown'} channels and {depth} blocks; the "
             f"published sizes are {known}"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from emjax.models.layers.lora import LoRA
 
 SIZES = ("tiny", "small", "base_plus", "large")
+"""The published ones."""
 VERSIONS = ("2.0", "2.1")
 STRIDE = 32
 """Height and width of an input are multiples of this."""
@@ -74,16 +75,19 @@ HIERA = {
     "small": HieraConfig(96, 1, (1, 2, 11, 2), (7, 10, 13)),
     "base_plus": HieraConfig(112, 2, (2, 3, 16, 3), (12, 16, 20), background=(14, 14)),
     "large": HieraConfig(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
+    # Not of SAM 2: what two CPU cores can train, with windows that need no padding at 128 x 128 pixels.
+    "nano": HieraConfig(48, 1, (1, 2, 3, 1), (5,), windows=(8, 4, 8, 4)),
 }
 
 
 def sam2_config(size: str = "tiny", version: str = "2.1", **changes) -> SAM2Config:
     """The published network of a ``size`` (tiny, small, base_plus, large) and ``version`` (2.0, 2.1).
 
+    ``nano`` is a size of emjax for CPUs, of which no SAM 2 weights exist.
     ``changes`` replace fields, such as ``dtype="bfloat16"``. Raises ``ValueError`` for unknown names.
     """
     if size not in HIERA:
-        raise ValueError(f"SAM 2 size is {size!r}; expected one of {', '.join(SIZES)}")
+        raise ValueError(f"SAM 2 size is {size!r}; expected one of {', '.join(HIERA)}")
     if version not in VERSIONS:
         raise ValueError(f"SAM 2 version is {version!r}; expected one of {', '.join(VERSIONS)}")
     new = version == "2.1"
