@@ -129,9 +129,12 @@ def _recognise(shapes: Shapes) -> str | None:
     return None
 
 
-def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
-    """Size by the trunk's width and depth, version by the three names of 2.1, and whether the memory is there."""
-    trunk = re.escape(_TRUNKS[spelling])
+def trunk_size(shapes: Shapes, prefix: str, what: str) -> str:
+    """Which published size a trunk has whose names begin with ``prefix``, by its width and depth.
+
+    Raises :class:`UserError` where none fits.
+    """
+    trunk = re.escape(prefix)
     numbers = [int(found[1]) for name in shapes if (found := re.match(rf"{trunk}blocks\.(\d+)\.", name))]
     depth = max(numbers, default=-1) + 1
     widths = [
@@ -147,10 +150,16 @@ def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
             f"{what} has a SAM 2 trunk of {widths[0] if widths else 'unknown'} channels and {depth} blocks; the "
             f"published sizes are {known}"
         )
+    return sizes[0]
+
+
+def _identify(shapes: Shapes, spelling: str, what: str) -> dict[str, Any]:
+    """Size by the trunk's width and depth, version by the three names of 2.1, and whether the memory is there."""
+    size = trunk_size(shapes, _TRUNKS[spelling], what)
     if not any(name.startswith(("memory_attention.", "memory_encoder.")) for name in shapes):
-        return {"size": sizes[0], "version": "image only"}
+        return {"size": size, "version": "image only"}
     new = any(name in shapes for name in _VERSION_21[spelling])
-    return {"size": sizes[0], "version": "2.1" if new else "2.0"}
+    return {"size": size, "version": "2.1" if new else "2.0"}
 
 
 def _network(settings: Mapping[str, Any]) -> Definition:

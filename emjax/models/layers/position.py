@@ -27,6 +27,14 @@ def sine_position(height: int, width: int, features: int, temperature: float = 1
     return jnp.concatenate([rows, columns], axis=-1)
 
 
+def pixel_position(height: int, width: int, features: int, temperature: float = 10000.0) -> jax.Array:
+    """(height, width, features) float32 sine encoding of whole pixels counted from 0: first y, then x (SAM4EM)."""
+    half = features // 2
+    rows, columns = (jnp.asarray(_sine_axis(np.arange(n), half, temperature)) for n in (height, width))
+    shape = (height, width, half)
+    return jnp.concatenate([jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)], axis=-1)
+
+
 def sine_of_scalar(value: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
     """(..., features) encoding of scalars: all sines, then all cosines (SAM 2's object pointers)."""
     half = features // 2

@@ -37,7 +37,14 @@ def layer_norm(features: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx
 
 
 def convolution(
-    inputs: int, outputs: int, kernel: int, stride: int, padding: int, dtype: str, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dtype: str,
+    rngs: nnx.Rngs,
+    init: Callable = nnx.initializers.lecun_normal(),
 ) -> nnx.Conv:
     """2-D convolution, channels last, symmetric zero padding (not ``SAME``, which is lopsided for strides)."""
     return nnx.Conv(
@@ -46,6 +53,7 @@ def convolution(
         (kernel, kernel),
         strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
+        kernel_init=init,
         dtype=jnp.dtype(dtype),
         rngs=rngs,
     )

@@ -35,8 +35,8 @@ class PositionEmbedding(nnx.Module):
 class MaskEmbedding(nnx.Module):
     """Mask logits at a quarter of the input size to a dense prompt at stride 16."""
 
-    def __init__(self, features: int, inner: int, dtype: str, rngs: nnx.Rngs):
-        self.conv1 = convolution(1, inner // 4, 2, 2, 0, dtype, rngs)
+    def __init__(self, features: int, inner: int, dtype: str, rngs: nnx.Rngs, masks: int = 1):
+        self.conv1 = convolution(masks, inner // 4, 2, 2, 0, dtype, rngs)
         self.norm1 = layer_norm(inner // 4, 1e-6, dtype, rngs)
         self.conv2 = convolution(inner // 4, inner, 2, 2, 0, dtype, rngs)
         self.norm2 = layer_norm(inner, 1e-6, dtype, rngs)
@@ -47,13 +47,13 @@ class MaskEmbedding(nnx.Module):
 
 
 class PromptEncoder(nnx.Module):
-    """Sparse (points, boxes) and dense (mask) prompt embeddings."""
+    """Sparse (points, boxes) and dense (mask) prompt embeddings; one dense prompt may be made of several ``masks``."""
 
-    def __init__(self, features: int, dtype: str, rngs: nnx.Rngs, mask_features: int = 16):
+    def __init__(self, features: int, dtype: str, rngs: nnx.Rngs, mask_features: int = 16, masks: int = 1):
         self.pe_layer = PositionEmbedding(features, rngs)
         self.point_embeddings = nnx.List([nnx.Embed(1, features, rngs=rngs) for _ in range(4)])
         self.not_a_point_embed = nnx.Embed(1, features, rngs=rngs)
-        self.mask_downscaling = MaskEmbedding(features, mask_features, dtype, rngs)
+        self.mask_downscaling = MaskEmbedding(features, mask_features, dtype, rngs, masks)
         self.no_mask_embed = nnx.Embed(1, features, rngs=rngs)
         self.dtype = dtype
 
@@ -88,7 +88,7 @@ class PromptEncoder(nnx.Module):
         """Sparse (batch, n, features) and dense (batch, h / 16, w / 16, features) embeddings.
 
         ``size``: height and width of the network's input; ``points``: coordinates (batch, n, 2) and labels (batch, n);
-        ``masks``: logits (batch, h / 4, w / 4, 1). Without boxes one padding point is appended to points. ``batch`` is
+        ``masks``: logits (batch, h / 4, w / 4, masks). Without boxes one padding point is appended to points. ``batch`` is
         used where there is no prompt that tells it.
         """
         sparse = []
