@@ -68,6 +68,8 @@ class Optimizer:
         clip_norm: largest global norm of the gradient; 0 switches clipping off.
         multipliers: (regular expression on the dotted path, factor) pairs; the first match scales a parameter's
             update, for layer-wise rates.
+        holds: (regular expression on the dotted path, steps) pairs; the first match keeps a parameter as it is for that
+            many steps, while its moments are gathered.
     """
 
     name: Literal["adamw", "adam", "amsgrad", "sgd"] = "adamw"
@@ -85,6 +87,7 @@ class Optimizer:
     decay_norms: bool = False
     clip_norm: float = 1.0
     multipliers: tuple[tuple[str, float], ...] = ()
+    holds: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from emjax.errors import UserError
 from emjax.models.functional import paths
 from emjax.systems.protocol import system_of
 from emjax.training import flops, sharding
-from emjax.training.checkpoints import Checkpoints, differences, initial_variables
+from emjax.training.checkpoints import FOLDER, Checkpoints, differences, initial_variables
 from emjax.training.distributed import Stop
 from emjax.training.records import Progress, Records
 from emjax.training.state import (
@@ -28,6 +28,7 @@ from emjax.training.state import (
     make_prediction,
     make_train_step,
     split_trainable,
+    with_given,
     with_parameters,
 )
 from emjax.view import overlay
@@ -164,14 +165,24 @@ def describe(config: Experiment, compiled: Compiled) -> str:
     return "\n".join(lines)
 
 
-def _start(config: Experiment, compiled: Compiled, checkpoints: Checkpoints) -> tuple[State, int]:
-    """The state to go on from, and its step: own checkpoint, else ``init_from``, else fresh."""
+def _pretrained(config: Experiment, workdir: pathlib.Path) -> Mapping[str, Any] | None:
+    """Parameters of the system's own choice that a fresh run starts from; None where there is none to be read."""
+    pretrained = getattr(system_of(config.system), "pretrained", None)
+    begun = any((workdir / FOLDER).glob("*/meta"))
+    return None if pretrained is None or begun or config.train.init_from else pretrained(config.system)
+
+
+def _start(
+    config: Experiment, compiled: Compiled, checkpoints: Checkpoints, given: Mapping[str, Any] | None
+) -> tuple[State, int]:
+    """The state to go on from, and its step: own checkpoint, else ``init_from``, else fresh but for ``given``."""
     latest = checkpoints.latest()
     if latest is not None:
         return checkpoints.restore(latest, compiled.state_shapes), latest
-    if config.train.init_from:
+    if config.train.init_from or given is not None:
+        begun = with_given(config, given) if given is not None else initial_variables(config.train.init_from, config)
         # As host arrays, which every process may hand to a program over all devices.
-        variables = jax.device_get(initial_variables(config.train.init_from, config))
+        variables = jax.device_get(begun)
         begin = jax.jit(lambda values: with_parameters(config, values), out_shardings=compiled.shardings)
         return begin(variables), 0
     make = jax.jit(lambda key: fresh(config, key), out_shardings=compiled.shardings)
@@ -212,6 +223,7 @@ def run(config: Experiment, workdir: pathlib.Path) -> Outcome:
     consecutive steps without a finite loss.
     """
     validate_run(config)
+    given = _pretrained(config, workdir)
     loader = make_loader(config)
     validation = make_validation_loader(config)
     _check_workdir(config, workdir)
@@ -221,7 +233,7 @@ def run(config: Experiment, workdir: pathlib.Path) -> Outcome:
     logger.info("%s", describe(config, compiled))
     checkpoints = Checkpoints(workdir, config)
     try:
-        state, step = _start(config, compiled, checkpoints)
+        state, step = _start(config, compiled, checkpoints, given)
         if step:
             logger.info("going on from step %d", step)
         return _train(config, workdir, compiled, checkpoints, loader, validation, state, step)

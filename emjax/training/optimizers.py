@@ -92,8 +92,26 @@ def _multiplier(config: Optimizer, path: str) -> float:
     return next((factor for pattern, factor in config.multipliers if re.search(pattern, path)), 1.0)
 
 
+def _hold(holds: tuple[tuple[str, int], ...]) -> optax.GradientTransformation:
+    """Makes updates zero before their parameter's step.
+
+    It comes after the moments, which are warm by then: Adam's would give updates several times too large at first.
+    """
+
+    def update(updates, state, params=None):
+        del params
+
+        def held(path: str, value: jax.Array) -> jax.Array:
+            first = next((steps for pattern, steps in holds if re.search(pattern, path)), 0)
+            return value * (state.count >= first).astype(value.dtype) if first else value
+
+        return _by_path(held, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+
+
 def make(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """The whole chain: clip, (coupled decay), moments, (decoupled decay), multipliers, rate."""
+    """The whole chain: clip, (coupled decay), moments, (decoupled decay), multipliers, holds, rate."""
     decay_mask = lambda params: _by_path(lambda path, value: _decays(path, value, config), params)  # noqa: E731
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask) if config.weight_decay else optax.identity()
     moments = {
@@ -108,4 +126,6 @@ def make(config: Optimizer, steps: int) -> optax.GradientTransformation:
         scales = [
             optax.stateless(lambda updates, params: _by_path(lambda path, u: u * _multiplier(config, path), updates))
         ]
+    if config.holds:
+        scales.append(_hold(config.holds))
     return optax.chain(*clip, *moments, *scales, optax.scale_by_learning_rate(schedule(config, steps)))

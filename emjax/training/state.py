@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from emjax.config import Experiment
-from emjax.models.functional import Definition, define, initialise, join, partition, variables
+from emjax.models.functional import Collections, Definition, define, initialise, join, partition, variables
 from emjax.systems.protocol import system_of
 from emjax.training import optimizers
 
@@ -33,6 +33,32 @@ def fresh(config: Experiment, key: jax.Array) -> State:
     system = system_of(config.system)
     collections = initialise(lambda rngs: system.build(config.system, rngs), key)
     return with_parameters(config, collections)
+
+
+def with_given(config: Experiment, given: Mapping) -> Collections:
+    """Fresh variables but for the ``given`` parameters (a nested dict by the network's paths, cast to its types).
+
+    Raises ``ValueError`` for one that the network has not, or has in another shape.
+    """
+    # Not compiled as a whole: hundreds of random draws in one program take minutes to compile.
+    made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
+
+    def put(fresh: Mapping, given: Mapping, prefix: str) -> dict:
+        if unknown := sorted(set(given) - set(fresh)):
+            raise ValueError(f"given parameter {prefix}{unknown[0]} is not one of the network's")
+        return {
+            name: value if name not in given else fill(value, given[name], prefix + name)
+            for name, value in fresh.items()
+        }
+
+    def fill(fresh: Any, given: Any, path: str) -> Any:
+        if isinstance(fresh, Mapping):
+            return put(fresh, given, f"{path}.")
+        if fresh.shape != given.shape:
+            raise ValueError(f"given parameter {path} is {given.shape}, the network's {fresh.shape}")
+        return jnp.asarray(given, fresh.dtype)
+
+    return {**made, "params": put(made["params"], given, "")}
 
 
 def with_parameters(config: Experiment, collections: Mapping) -> State:
