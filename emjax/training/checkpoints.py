@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from emjax import __version__
 from emjax.config import Experiment, from_json, to_json
 from emjax.errors import UserError
 from emjax.models.functional import Collections, initialise, join, partition, paths
+from emjax.models.layers.lora import is_adapter
 from emjax.systems.protocol import system_of
 from emjax.training.state import State, definition, split_trainable
 
@@ -229,17 +230,43 @@ def initial_variables(directory: str, config: Experiment) -> Collections:
     """Variables for ``train.init_from``: those of another run's checkpoint of the same network.
 
     A system with ``inherits(config, other)`` may also start from a run of another system: the function gives a
-    predicate on dotted paths, of the parameters that are taken over, or None. All others are fresh.
+    predicate on dotted paths, of the parameters that are taken over, or a mapping from branches of the other network to
+    branches of this one (all but adapters), or None. All others are fresh.
     """
     checkpoint = find(pathlib.Path(directory))
     stored = from_json(json.dumps(read_meta(checkpoint)["config"]))
     inherits = getattr(system_of(config.system), "inherits", None)
     taken_over = inherits(config.system, stored.system) if inherits else None
     if taken_over is not None:
-        chosen, _ = partition(_restore_variables(checkpoint, stored)["params"], taken_over)
+        found = _restore_variables(checkpoint, stored)["params"]
+        if isinstance(taken_over, Mapping):
+            chosen: dict = {}
+            for source, branch in taken_over.items():
+                _put(chosen, branch, _branch(found, source))
+            belongs = _within(tuple(taken_over.values()))
+        else:
+            chosen, _ = partition(found, taken_over)
+            belongs = taken_over
         made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
-        replaced, rest = partition(made["params"], taken_over)
+        replaced, rest = partition(made["params"], belongs)
         _check_inherited(checkpoint, chosen, replaced)
         return {**made, "params": join(chosen, rest)}
     _check_same_arrays(checkpoint, "params", definition(config).shapes["params"])
     return _restore_variables(checkpoint, dataclasses.replace(stored, system=config.system))
+
+
+def _within(branches: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda path: any(path.startswith(f"{branch}.") for branch in branches) and not is_adapter(path)
+
+
+def _branch(tree: Mapping, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict, path: str, value: Any) -> None:
+    *upper, last = path.split(".")
+    for key in upper:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
