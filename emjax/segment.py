@@ -4,6 +4,8 @@ Examples::
 
     python -m emjax.segment --input affinities.zarr --output labels.zarr --threshold 0.5
     python -m emjax.segment --checkpoint runs/fib25 --input raw.h5:raw --output labels.zarr
+    python -m emjax.segment --config configs/sam2/stack.py --input raw.h5:raw --output labels.zarr \\
+        --config.system.prompts=prompts.json        (SAM 2 follows objects through the stack)
     python -m emjax.segment --output labels.zarr --threshold 0.3        (cuts again, from what lies beside labels.zarr)
 """
 
@@ -16,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from emjax import cli
+from emjax import __version__, cli
 from emjax import config as configuration
+from emjax.data.folder import is_remote
 from emjax.data.pyramid import write_pyramid
 from emjax.data.volume import Volume, is_complete, open_volume, save_volume
 from emjax.errors import UserError
@@ -27,13 +30,18 @@ from emjax.inference.decoding import decode_blockwise
 from emjax.inference.executor import Stripes
 from emjax.inference.ledger import content_hash
 from emjax.inference.options import bounding_box, byte_size, executor_of, memory_of_machine, numbers, whole_triple
-from emjax.inference.prediction import add_prediction_options, choose_window, predict_volume
+from emjax.inference.prediction import add_prediction_options, choose_window, digest, predict_volume
 from emjax.inference.predictor import output_spec
 from emjax.inference.segmentation import Places, Settings
-from emjax.models.functional import define
+from emjax.inference.streaming import Run, generation, stream, windowed
 from emjax.postprocess import region_sizes
 from emjax.systems.protocol import system_of
 from emjax.training.loading import load_system, trained_window
+
+_UNUSED_BY_STREAMS = (
+    *("threshold", "thresholds", "score", "low", "high", "history", "dust", "mask", "memory_whole", "segment_block"),
+    *("batch", "flips", "block", "memory", "executor"),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -62,9 +70,8 @@ def main(arguments: list[str]) -> int:
         _write(places, merges, thresholds, options, replace=True)
         return cli.DONE
     system = system_of(config) if config is not None else None
-    if options.checkpoint and hasattr(system, "segment_volume"):
-        _check_free(options)
-        _segment_by_system(config, options)
+    if hasattr(system, "segment_volume"):
+        _stream(config, options, places)
         return cli.DONE
     prediction = _predict(config, options, places) if options.checkpoint else None
     if system is not None and (options.method == "system" or not hasattr(system, "agglomeration")):
@@ -94,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dust", type=int, default=0, metavar="VOXELS", help="smaller segments become 0")
     parser.add_argument("--pyramid", action="store_true", help="also write coarser levels, for viewers")
+    parser.add_argument("--overlays", type=int, metavar="N", help="pictures of N slices, of systems that track (4)")
     parser.add_argument("--mask", metavar="VOLUME", help="segment only where this is not 0")
     parser.add_argument(
         "--method",
@@ -250,23 +258,46 @@ def _write(
         print(f"{target}: {count} segments at threshold {threshold:g}")
 
 
-def _image_array(options: argparse.Namespace) -> tuple[Volume, np.ndarray]:
+def _stream(config: Any, options: argparse.Namespace, places: Places) -> None:
+    """For systems that go through the whole image slab by slab, such as tracking through a stack."""
+    system: Any = system_of(config)
+    parser = _parser()
+    for name in _UNUSED_BY_STREAMS:
+        if getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is not for {system.__name__}, which gives labels itself")
     volume = open_volume(options.input, **_input_options(options)).require_axes("zyx")
     volume.require_voxel_size()
-    volume = volume.crop(bounding_box(options.bbox, volume.shape, volume.spec))
-    window = choose_window(volume, options.window, trained_window(options.checkpoint, options.which))
-    return volume, volume[...] if window is None else window(volume[...])
-
-
-def _segment_by_system(config: Any, options: argparse.Namespace) -> None:
-    """For systems that work on the whole image, such as tracking through a stack."""
-    system: Any = system_of(config)
-    volume, image = _image_array(options)
     print(volume.describe())
-    _, collections = load_system(options.checkpoint, options.which)
-    model = define(lambda rngs: system.build(config, rngs)).bind(collections)
-    labels = system.segment_volume(config, model, image)
-    _save_labels(options, volume, labels)
+    trained, collections = None, None
+    if options.checkpoint:
+        trained = trained_window(options.checkpoint, options.which)
+        _, collections = load_system(options.checkpoint, options.which)
+    elif options.window is None and volume.dtype != np.uint8 and volume.dtype.kind != "f":
+        raise UserError(
+            f"{volume.spec} is {volume.dtype}, and nothing says which grey values are black and white: give "
+            "--window LOW,HIGH or --window auto"
+        )
+    window = choose_window(volume, options.window, trained)
+    region = bounding_box(options.bbox, volume.shape, volume.spec)
+    image = windowed(volume.crop(region), window)
+    streaming = system.segment_volume(config, collections, image)
+    content = {
+        "emjax": __version__,
+        "system": type(config).__module__,
+        "model": None if collections is None else digest(collections),
+        "configuration": repr(config),
+        "sources": {source: generation(source) for source in streaming.sources},
+        "input": options.input if "://" in options.input else os.path.abspath(options.input),
+        "input options": _input_options(options),
+        "input generation": generation(options.input),
+        "input shape": list(volume.shape),
+        "voxel size": list(volume.require_voxel_size()),
+        "region": [[part.start, part.stop] for part in region],
+        "window": window and [window.low, window.high],
+    }
+    overlays = (0 if is_remote(options.output) else 4) if options.overlays is None else options.overlays
+    run = Run(streaming, image, places, content, options.overwrite)
+    stream(run, pyramid=options.pyramid, overlays=overlays)
 
 
 def _decode(config: Any, options: argparse.Namespace, prediction: Mapping[str, str] | None) -> None:

@@ -6,6 +6,8 @@ from emjax import cli
 from emjax.errors import UserError
 from emjax.inference.ledger import Ledger, read_plan
 from emjax.inference.progress import duration
+from emjax.inference.segmentation import Places
+from emjax.inference.streaming import work_folder
 
 
 def stage_lines(location: str, stage: str, facts: dict, now: float) -> tuple[list[str], int]:
@@ -35,7 +37,11 @@ def main(arguments: list[str]) -> int:
     parser = cli.parser("status", __doc__ or "")
     parser.add_argument("run", metavar="RUN", help="the output of emjax.predict or emjax.segment")
     options = parser.parse_args(arguments)
-    plan = read_plan(options.run)
+    location = options.run
+    plan = read_plan(location)
+    if plan is None:
+        location = work_folder(Places(options.run))
+        plan = read_plan(location)
     if plan is None:
         raise UserError(f"{options.run}: no ledger there; expected the output of emjax.predict or emjax.segment")
     print(f"{options.run}: plan {plan['hash']}, begun {time.strftime('%Y-%m-%d %H:%M', time.localtime(plan['begun']))}")
@@ -44,7 +50,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {key}: {plan['content'][key]}")
     failed = 0
     for stage, facts in plan["stages"].items():
-        lines, count = stage_lines(options.run, stage, facts, time.time())
+        lines, count = stage_lines(location, stage, facts, time.time())
         failed += count
         print("\n".join(lines))
     return cli.FAILED if failed else cli.DONE

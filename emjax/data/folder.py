@@ -151,9 +151,13 @@ class Folder:
             raise UserError(f"{join(self.location, name)} is damaged: not a JSON object ({len(raw)} bytes)")
         return document
 
-    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes or replaces ``name`` in one atomic step."""
         with one_line(f"cannot write {join(self.location, name)}"):
-            self._kv.write(name, json.dumps(ome.plain(document), indent=2).encode()).result()
+            self._kv.write(name, content).result()
+
+    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+        self.write_bytes(name, json.dumps(ome.plain(document), indent=2).encode())
 
     def child(self, *parts: str) -> "Folder":
         return Folder(join(self.location, *parts), write=not self.anonymous)

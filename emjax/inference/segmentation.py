@@ -80,6 +80,10 @@ class Places:
     def prediction(self) -> str:
         return f"{self._stem}.prediction.zarr"
 
+    @property
+    def overlays(self) -> str:
+        return f"{self._stem}.overlays"
+
     def for_threshold(self, threshold: float) -> str:
         """Name of one of several segmentations."""
         if "." in pathlib.PurePath(self.labels).name and self.labels.endswith(".zarr"):

@@ -22,7 +22,7 @@ or float32 in 0..1, of which only what is indexed is read. Whatever can be wrong
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import jax
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from emjax.data.volume import Volume
 from emjax.errors import UserError
 from emjax.postprocess.region_graph import Graph
 
@@ -97,6 +98,59 @@ class Output:
     kind: Literal["affinities", "probability", "instances"]
     channels: int
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One volume that a :class:`Streaming` writes.
+
+    Attributes:
+        dtype: as stored.
+        channels: length of the first axis (channel, z, y, x); 0 for (z, y, x).
+        kept: False for what is only read back during the run; it is removed at the end.
+        attributes: stored with the volume, such as ``scale`` of probabilities.
+    """
+
+    dtype: Any
+    channels: int = 0
+    kept: bool = True
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slab:
+    """One step of a :class:`Streaming`.
+
+    Attributes:
+        arrays: (layer, first slice, values (z, y, x) or (channel, z, y, x)): whole slices, to be written.
+        state: dicts and lists of arrays and numbers of bounded size, from which the run goes on behind this slab once
+            its arrays are written: ``run(written, state)`` must give the rest exactly as if it had not stopped.
+    """
+
+    arrays: Sequence[tuple[str, int, np.ndarray]]
+    state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """A whole image segmented slab by slab, in an order of the system's choice.
+
+    Attributes:
+        run: ``run(written, state)``: the slabs from the beginning (``state`` None) or from a kept state (arrays are
+            NumPy's). ``written[layer][z0:z1]`` reads back what earlier slabs gave.
+        steps: how many slabs ``run`` gives.
+        layers: by name; ``labels`` (uint32) is the result.
+        slab: slices that belong together: a layer is stored in shards of as many, beginning at slice 0, so that slabs
+            cut there write whole shards.
+        sources: files and volumes other than the image that decide the result (prompts, weights); a run does not go on
+            if one has changed.
+    """
+
+    run: Callable[[Mapping[str, Volume], Any], Iterator[Slab]]
+    steps: int
+    layers: Mapping[str, Layer]
+    slab: int
+    sources: Sequence[str] = ()
 
 
 class System(Protocol):

@@ -6,9 +6,7 @@ that peak memory depends on the size of a slice and the number of objects, not o
 
 import dataclasses
 import logging
-import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from emjax.data.intensity import as_uint8
-from emjax.data.volume import Volume, create_volume
+from emjax.data.volume import Volume
 from emjax.errors import UserError
-from emjax.models.functional import initialise
+from emjax.models.functional import Collections, initialise
 from emjax.models.layers.resize import resize
 from emjax.models.sam2.config import STRIDE, SAM2Config, sam2_config
 from emjax.models.sam2.model import SAM2, Features
 from emjax.models.sam2.stack import BACKWARD, EMPTY, FORWARD, Memory, TrackOptions
+from emjax.systems.protocol import Layer, Slab, Streaming, unit_grey
 from emjax.systems.sam2_prompts import Prompt, check_prompts, from_layer, read_json
 from emjax.systems.sam2_session import (
     Network,
@@ -42,7 +40,6 @@ from emjax.weights.sam2 import FAMILY, config_of
 log = logging.getLogger(__name__)
 
 Read = Callable[[int, int], np.ndarray]
-Write = Callable[[int, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,6 @@ class Config:
             each from its own first.
         holes: background parts up to this many low-resolution pixels are filled; 0 switches it off.
         threshold: logit above which a pixel is the object's.
-        overlays: pictures of that many slices, evenly spread, beside the output.
         tracking: how memories are chosen and made.
     """
 
@@ -82,7 +78,6 @@ class Config:
     reference_order: bool = False
     holes: int = 8
     threshold: float = 0.0
-    overlays: int = 4
     tracking: TrackOptions = TrackOptions()
 
 
@@ -95,9 +90,8 @@ def validate(config: Config) -> None:
     for name in ("batch", "objects"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)}: expected at least 1")
-    for name in ("holes", "overlays"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} {getattr(config, name)}: expected 0 or more")
+    if config.holes < 0:
+        raise UserError(f"holes {config.holes}: expected 0 or more")
 
 
 def build(config: Config, rngs: nnx.Rngs) -> SAM2:
@@ -105,8 +99,13 @@ def build(config: Config, rngs: nnx.Rngs) -> SAM2:
     return SAM2(sam2_config(config.size, config.version, dtype=config.dtype), rngs)
 
 
-def network(config: Config) -> Network:
-    """The network with its weights. Raises ``UserError`` for a checkpoint that is not wholly a SAM 2."""
+def network(config: Config, collections: Collections | None = None) -> Network:
+    """The network with ``collections``, or the weights that the configuration names.
+
+    Raises ``UserError`` for a checkpoint that is not wholly a SAM 2.
+    """
+    if collections is not None:
+        return Network(sam2_config(config.size, config.version, dtype=config.dtype), collections, config.tracking)
     if config.checkpoint:
         checkpoint = read_checkpoint(config.checkpoint, [FAMILY])
         made: SAM2Config = config_of(checkpoint.settings, dtype=config.dtype)
@@ -134,8 +133,8 @@ class Frame:
         return self.size if self.padded else self.shape
 
     def fit(self, grey: jax.Array) -> jax.Array:
-        """uint8 slices (n, rows, columns) at the network's size, 0..1 float32."""
-        unit = grey.astype(jnp.float32) / 255
+        """Slices (n, rows, columns), uint8 or 0..1, at the network's size, 0..1 float32."""
+        unit = unit_grey(grey)
         if self.padded:
             margins = [(0, 0), *((0, size - n) for size, n in zip(self.size, self.shape))]
             return jnp.pad(unit, margins, mode="edge")
@@ -153,21 +152,59 @@ def frame_of(config: Config, shape: tuple[int, int]) -> Frame:
     return Frame(shape, (-(-shape[0] // STRIDE) * STRIDE, -(-shape[1] // STRIDE) * STRIDE), padded=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """In what order slices are tracked: backward, then forward, in pieces of at most ``batch`` slices.
+
+    ``first``: by object, the slice from which it is followed both ways; ``slices``: length of the stack.
+    """
+
+    first: Mapping[int, int]
+    slices: int
+    batch: int
+
+    @property
+    def overlap(self) -> range:
+        """Slices that both passes reach."""
+        return range(min(self.first.values()), max(self.first.values()))
+
+    def parts(self, direction: int) -> list[range]:
+        """The slices of a pass, ascending, in pieces cut at multiples of ``batch``; the pieces in the pass's order."""
+        overlap, batch = self.overlap, self.batch
+        begin, end = (overlap.start, self.slices) if direction > 0 else (0, overlap.stop)
+        cuts = range(begin // batch * batch, end, batch)
+        pieces = [range(max(begin, cut), min(end, cut + batch)) for cut in cuts]
+        return pieces if direction > 0 else pieces[::-1]
+
+    @property
+    def steps(self) -> list[tuple[int, range]]:
+        """Direction and slices of each piece."""
+        return [(direction, part) for direction in (BACKWARD, FORWARD) for part in self.parts(direction)]
+
+
+def schedule_of(config: Config, prompts: Sequence[Prompt], slices: int) -> Schedule:
+    """Every object from its first prompted slice on, or all from the first of all (``config.reference_order``)."""
+    numbers = sorted({prompt.number for prompt in prompts})
+    first = {n: min(p.z for p in prompts if p.number == n) for n in numbers}
+    if config.reference_order:
+        first = dict.fromkeys(numbers, min(first.values()))
+    return Schedule(first, slices, config.batch)
+
+
 class Tracker:
     """One run: the network, the geometry, and the objects in groups that are tracked at once."""
 
     def __init__(
         self, config: Config, net: Network, read: Read, shape: tuple[int, int, int], prompts: Sequence[Prompt]
     ):
-        """``read(z0, z1)`` gives uint8 slices (z1 - z0, rows, columns) of a stack of ``shape`` (z, y, x)."""
+        """``read(z0, z1)`` gives slices (z1 - z0, rows, columns), uint8 or 0..1, of a stack of ``shape`` (z, y, x)."""
         validate(config)
         check_prompts(prompts, shape, "the list of prompts")
         self.config, self.net, self.read, self.shape = config, net, read, shape
         self.frame = frame_of(config, shape[1:])
-        self.numbers = sorted({prompt.number for prompt in prompts})
-        self.first = {n: min(p.z for p in prompts if p.number == n) for n in self.numbers}
-        if config.reference_order:
-            self.first = dict.fromkeys(self.numbers, min(self.first.values()))
+        self.schedule = schedule_of(config, prompts, shape[0])
+        self.first = self.schedule.first
+        self.numbers = list(self.first)
         self._encode = net.compiled(lambda model, grey: model.encode(normalised(self.frame.fit(grey))))
         self._paint = jax.jit(self._paint_objects)
         records = self._prompted(prompts)
@@ -229,33 +266,26 @@ class Tracker:
 
         return jax.lax.scan(one, (best, owner), (low, ids))[0]
 
-    def run(self, direction: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Slice by slice in ``direction``: (z, low-resolution logits (n, h / 4, w / 4) of each group)."""
-        firsts = list(self.first.values())
-        begin, end = (min(firsts), self.shape[0]) if direction > 0 else (max(firsts) - 1, -1)
-        order = range(begin, end, direction)
+    def track(self, memories: Sequence[Memory], part: range, direction: int) -> tuple[list[Memory], list[np.ndarray]]:
+        """Tracks the slices of ``part`` in ``direction``: memories, and logits (z, n, h / 4, w / 4) of each group."""
         never = self.shape[0] if direction > 0 else -1
         shift = 0 if direction > 0 else -1
-        memories: list[Memory] = list(self.start_memories)
         width = memories[0].prompted.shape[0]
-        starts = [
-            np.int32([self.first[n] + shift for n in group] + [never] * (width - len(group))) for group in self.groups
-        ]
-        batch = self.config.batch
-        for i in range(0, len(order), batch):
-            part = list(order[i : i + batch])
-            low_z, high_z = min(part), max(part) + 1
-            grey = self.read(low_z, high_z)[[z - low_z for z in part]]
-            missing = batch - len(part)
-            grey = np.concatenate([grey, np.repeat(grey[-1:], missing, axis=0)])
-            slices = np.int32(part + [EMPTY] * missing)
-            features = self._encode(jnp.asarray(grey))
-            lows = []
-            for g, start in enumerate(starts):
-                memories[g], found = self.net.propagate(memories[g], features, slices, start, direction, self.shape[0])
-                lows.append(np.asarray(found.low))
-            for k, z in enumerate(part):
-                yield z, [fill_holes(low[k, : len(group)], self.config.holes) for low, group in zip(lows, self.groups)]
+        missing = self.config.batch - len(part)
+        order = list(part)[::direction]
+        grey = self.read(part.start, part.stop)[::direction]
+        features = self._encode(jnp.asarray(np.concatenate([grey, np.repeat(grey[-1:], missing, axis=0)])))
+        slices = np.asarray(order + [EMPTY] * missing, np.int32)
+        after, lows = [], []
+        for memory, group in zip(memories, self.groups):
+            start = [self.first[n] + shift for n in group] + [never] * (width - len(group))
+            memory, found = self.net.propagate(
+                memory, features, slices, np.asarray(start, np.int32), direction, self.shape[0]
+            )
+            after.append(memory)
+            low = np.asarray(found.low)[: len(part), : len(group)][::direction]
+            lows.append(fill_holes(low, self.config.holes))
+        return after, lows
 
     def paint(self, lows: Sequence[np.ndarray], best: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logit and index (from 1, 0 for none) of the strongest object at each pixel, starting from given ones."""
@@ -267,36 +297,44 @@ class Tracker:
             state = self._paint(jnp.asarray(low), ids, *state)
         return np.asarray(state[0]), np.asarray(state[1])
 
-    def labels(self, write: Write, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Tracks both ways and gives ``write(z, labels)`` every slice once, uint32 (rows, columns) of object ids.
+    def painted(
+        self, part: range, direction: int, lows: Sequence[np.ndarray], written: Mapping[str, Any]
+    ) -> list[tuple[str, int, np.ndarray]]:
+        """What is written of the slices of ``part``: labels, or of slices that the other pass reaches too, the largest
+        ``logit`` and its ``owner``, which the forward pass takes up."""
+        overlap = self.schedule.overlap
+        shared = range(max(part.start, overlap.start), min(part.stop, overlap.stop))
+        inside = slice(shared.start - part.start, shared.stop - part.start) if shared else slice(0, 0)
+        best = np.full((len(part), *self.shape[1:]), self.config.threshold, np.float32)
+        owner = np.zeros(best.shape, np.int32)
+        if direction == FORWARD and shared:
+            best[inside] = written["logit"][shared.start : shared.stop]
+            owner[inside] = written["owner"][shared.start : shared.stop]
+        for k in range(len(part)):
+            best[k], owner[k] = self.paint([low[k] for low in lows], best[k], owner[k])
+        arrays: list[tuple[str, int, np.ndarray]] = []
+        if direction == BACKWARD and shared:
+            arrays += [("logit", shared.start, best[inside]), ("owner", shared.start, owner[inside])]
+        final = len(part) if direction == FORWARD or not shared else shared.start - part.start
+        if final:
+            ids = np.asarray([0, *self.numbers], np.uint32)
+            arrays.append(("labels", part.start, ids[owner[:final]]))
+        return arrays
 
-        Where objects overlap, the largest logit wins. Slices that both ways reach wait in a temporary file.
-        """
-        ids = np.uint32([0, *self.numbers])
-        blank = np.full(self.shape[1:], self.config.threshold, np.float32), np.zeros(self.shape[1:], np.int32)
-        low, high = min(self.first.values()), max(self.first.values())
-        done = 0
-        with tempfile.TemporaryFile() as file:
-            room = math.prod(self.shape[1:]) * 4
-            for z, lows in self.run(BACKWARD):
-                best, owner = self.paint(lows, *blank)
-                if z < low:
-                    write(z, ids[owner])
-                    done += 1
-                    progress(done)
-                    continue
-                file.seek((z - low) * 2 * room)
-                file.write(np.ascontiguousarray(best).tobytes() + np.ascontiguousarray(owner).tobytes())
-            for z, lows in self.run(FORWARD):
-                start = blank
-                if z < high:
-                    file.seek((z - low) * 2 * room)
-                    start = tuple(  # type: ignore[assignment]
-                        np.frombuffer(file.read(room), kind).reshape(self.shape[1:]) for kind in (np.float32, np.int32)
-                    )
-                write(z, ids[self.paint(lows, *start)[1]])
-                done += 1
-                progress(done)
+    def slabs(self, written: Mapping[str, Any], state: Any = None) -> Iterator[Slab]:
+        """Tracks backward, then forward: ``labels`` uint32 of object ids, every slice once; overlaps go to the largest
+        logit. ``written[layer][z0:z1]`` gives back what was given; ``state`` is that of a slab, to go on behind it."""
+        steps = self.schedule.steps
+        before = 0 if state is None else state["done"]
+        memories = list(self.start_memories)
+        if state is not None:
+            memories = [Memory(*(jnp.asarray(array) for array in kept)) for kept in state["memories"]]
+        for done, (direction, part) in enumerate(steps[before:], before + 1):
+            if done == 1 or steps[done - 2][0] != direction:
+                memories = list(self.start_memories)
+            memories, lows = self.track(memories, part, direction)
+            arrays = self.painted(part, direction, lows, written)
+            yield Slab(arrays, {"done": done, "memories": [list(memory) for memory in memories]})
 
 
 def prompts_of(config: Config, shape: tuple[int, int, int]) -> list[Prompt]:
@@ -308,62 +346,28 @@ def prompts_of(config: Config, shape: tuple[int, int, int]) -> list[Prompt]:
     return from_layer(config.prompts, shape, config.prompt_slices)
 
 
-def segment_stack(
-    config: Config,
-    volume: Volume,
-    output: str,
-    *,
-    window: tuple[float, float] | None = None,
-    overwrite: bool = False,
-    pictures: str | pathlib.Path | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Mapping[str, int]:
-    """Follows the prompted objects through ``volume`` (axes zyx) and writes labels uint32 to ``output``.
+def segment_volume(config: Config, collections: Collections | None, image: Volume) -> Streaming:
+    """Follows the prompted objects through ``image`` (axes zyx, uint8 or 0..1).
 
-    ``window``: grey values that become 0 and 255, needed unless the volume is uint8. ``pictures``: folder for overlays.
-    Returns the voxels of each object. Raises ``UserError`` before anything is written if something does not fit.
+    ``collections``: variables of the network, instead of ``config.checkpoint``. Raises ``UserError`` before any work
+    for prompts, sizes or weights that do not fit.
     """
     validate(config)
-    volume.require_axes("zyx")
-    if volume.dtype != np.uint8 and window is None:
-        raise UserError(
-            f"{volume.spec} is {volume.dtype}: SAM 2 needs 8 bits; say which grey values become black and white: "
-            "--window LOW,HIGH"
-        )
-    grey = volume if volume.dtype == np.uint8 and window is None else as_uint8(volume, window)
-    shape = volume.spatial_shape
+    shape = image.spatial_shape
     prompts = prompts_of(config, shape)
-    tracker = Tracker(config, network(config), lambda z0, z1: grey[z0:z1], shape, prompts)
-    shown = set(np.linspace(0, shape[0] - 1, min(config.overlays, shape[0])).astype(int).tolist())
-    counts: dict[str, int] = {str(number): 0 for number in tracker.numbers}
-    chunks = (1, min(shape[1], 512), min(shape[2], 512))
-    with create_volume(
-        output,
-        shape,
-        np.uint32,
-        voxel_size=volume.require_voxel_size(),
-        offset=volume.offset,
-        chunks=chunks,
-        shards=chunks,
-        attributes={"source": volume.spec, "method": "sam2 stack"},
-        overwrite=overwrite,
-    ) as out:
+    net = network(config, collections)
+    schedule = schedule_of(config, prompts, shape[0])
+    layers = {"labels": Layer(dtype=np.uint32)}
+    if schedule.overlap:
+        layers |= {"logit": Layer(dtype=np.float32, kept=False), "owner": Layer(dtype=np.int32, kept=False)}
 
-        def write(z: int, labels: np.ndarray) -> None:
-            out[z : z + 1] = labels[None]
-            for number, count in zip(*np.unique(labels[labels > 0], return_counts=True)):
-                counts[str(number)] += int(count)
-            if pictures is not None and z in shown:
-                _picture(pathlib.Path(pictures), z, grey[z], labels)
+    def run(written: Mapping[str, Any], state: Any) -> Iterator[Slab]:
+        yield from Tracker(config, net, lambda z0, z1: image[z0:z1], shape, prompts).slabs(written, state)
 
-        tracker.labels(write, progress)
-    return counts
-
-
-def _picture(folder: pathlib.Path, z: int, section: np.ndarray, labels: np.ndarray) -> None:
-    from PIL import Image
-
-    from emjax.view.overlay import labels_over
-
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(labels_over(section, labels)).save(folder / f"slice_{z:05d}.png")
+    return Streaming(
+        run=run,
+        steps=len(schedule.steps),
+        layers=layers,
+        slab=config.batch,
+        sources=[source for source in (config.prompts, config.checkpoint) if source],
+    )
