@@ -13,6 +13,7 @@ import numpy as np
 
 from emjax.config import Experiment, from_json, to_json, validate
 from emjax.data.pipeline import Loader
+from emjax.data.volume import open_volume
 from emjax.errors import UserError
 from emjax.models.functional import paths
 from emjax.systems.protocol import system_of
@@ -172,6 +173,15 @@ def _pretrained(config: Experiment, workdir: pathlib.Path) -> Mapping[str, Any] 
     return None if pretrained is None or begun or config.train.init_from else pretrained(config.system)
 
 
+def _warn_of_voxels(config: Experiment) -> None:
+    """Logs what the system has to say to the voxel sizes of the training volumes."""
+    domain = getattr(system_of(config.system), "domain", None)
+    for source in config.data.train if domain is not None else ():
+        size = source.voxel_size or open_volume(source.raw).voxel_size
+        if size is not None and (text := domain(config.system, size)):  # type: ignore[misc]
+            logger.warning("%s: %s", source.title, text)
+
+
 def _start(
     config: Experiment, compiled: Compiled, checkpoints: Checkpoints, given: Mapping[str, Any] | None
 ) -> tuple[State, int]:
@@ -227,6 +237,7 @@ def run(config: Experiment, workdir: pathlib.Path) -> Outcome:
     loader = make_loader(config)
     validation = make_validation_loader(config)
     _check_workdir(config, workdir)
+    _warn_of_voxels(config)
     for line in loader.sampler.describe():
         logger.info("train on %s", line)
     compiled = compile_step(config, batch_shapes(config, loader))
