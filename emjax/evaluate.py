@@ -4,6 +4,10 @@
 
 VOI in bits (log base 2), ARAND as CREMI and scikit-image define it; ground truth 0 is not scored; segment 0 is one
 ordinary segment, or filled with the nearest segment (``--fill``). Every number says its variant.
+
+Classes instead of objects (mitochondria, synapses)::
+
+    python -m emjax.evaluate --segmentation classes.zarr --labels truth.h5:labels --classes mito=1,glia=2
 """
 
 import argparse
@@ -25,6 +29,9 @@ from emjax.inference.options import bounding_box, byte_size, numbers
 from emjax.inference.progress import ProgressLine
 from emjax.inference.scoring import Filled
 from emjax.inference.segmentation import Merges, load_merges
+from emjax.inference.semantic import as_json as classes_as_json
+from emjax.inference.semantic import classes_in, evaluate_classes, parse_classes, table
+from emjax.inference.semantic_report import semantic_page
 from emjax.view import report
 
 
@@ -133,6 +140,8 @@ def main(arguments: list[str]) -> int:
     for extra in (image, affinities):
         if extra is not None and extra.spatial_shape != labels.spatial_shape:
             raise UserError(f"{extra.spec} has the shape {extra.spatial_shape}, {labels.spec} {labels.spatial_shape}")
+    if options.classes or options.semantic:
+        return _evaluate_classes(options, arguments, segmentation, labels, mask, image)
     places = 1 + (fragments is not None)
     line = ProgressLine("evaluate", float(np.prod(labels.shape, dtype=np.int64)))
     evaluation = evaluate(
@@ -179,6 +188,55 @@ def main(arguments: list[str]) -> int:
     return cli.DONE
 
 
+def _evaluate_classes(
+    options: argparse.Namespace,
+    arguments: list[str],
+    segmentation: Volume,
+    labels: Volume,
+    mask: Volume | None,
+    image: Volume | None,
+) -> int:
+    """Scores classes rather than objects."""
+    for name in ("fill", "history", "thresholds", "affinities"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is for objects, not for classes (--classes, --semantic)")
+    # Labels of 8 bytes twice, masks of classes, distances.
+    most = max(1 << 20, byte_size(options.memory) // 40)
+    classes = parse_classes(options.classes) if options.classes else classes_in(labels, most)
+    variant = "all voxels of the volume together"
+    if options.mask or options.ignore:
+        where = f"only where {options.mask} is" if options.mask else f"not where {options.ignore} is"
+        variant += f"; {where} not 0"
+    if options.bbox:
+        variant += f"; bbox {options.bbox}"
+    line = ProgressLine("evaluate", float(np.prod(labels.shape, dtype=np.int64)))
+    evaluation = evaluate_classes(
+        segmentation, labels, classes, mask, variant=variant, most_voxels=most, progress=line.add
+    )
+    print(f"{options.segmentation} [{variant}]")
+    for text in table(evaluation):
+        print(f"  {text}")
+    for note in evaluation.notes:
+        print(f"  note: {note}", file=sys.stderr)
+    command = shlex.join(["python", "-m", "emjax.evaluate", *arguments])
+    facts = {
+        name: getattr(options, name)
+        for name in ("segmentation", "labels", "image", "mask", "ignore")
+        if getattr(options, name)
+    }
+    numbers_ = classes_as_json(evaluation, **facts, command=command, emjax=__version__)
+    if options.json:
+        _write_text(options.json, json.dumps(numbers_, indent=1))
+        print(f"numbers: {options.json}")
+    if options.report:
+        folder = pathlib.Path(options.report)
+        page = semantic_page(evaluation, classes, segmentation, labels, image, facts, command)
+        _write_text(str(folder / "scores.json"), json.dumps(numbers_, indent=1))
+        _write_text(str(folder / "index.html"), page)
+        print(f"report: {folder / 'index.html'}")
+    return cli.DONE
+
+
 def _warn_of_other_grid(segmentation: Volume, labels: Volume) -> None:
     try:
         require_same_grid(segmentation, labels)
@@ -204,6 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", metavar="VOLUME", help="score only where it is not 0")
     parser.add_argument("--ignore", metavar="VOLUME", help="do not score where it is not 0")
     parser.add_argument("--fill", action="store_true", help="give segment 0 to the nearest segment before scoring")
+    parser.add_argument(
+        "--classes", metavar="NAME=VALUE[:TRUE],...", help="score classes: label values, or NAME=1:any for object ids"
+    )
+    parser.add_argument("--semantic", action="store_true", help="score every value of the ground truth as a class")
     parser.add_argument("--bbox", metavar="Z0:Z1,Y0:Y1,X0:X1", help="score this part, in voxels")
     parser.add_argument("--align", action="store_true", help="score the region that both cover, by their offsets in nm")
     parser.add_argument("--voxel-size", metavar="Z,Y,X", help="nm; wins over what the volumes say")

@@ -1,6 +1,7 @@
 """Scores of segmentations. Usable alone: NumPy, SciPy and Numba are all it needs. Definitions: ``docs/metrics.md``."""
 
 from emjax.metrics.border import border_mask
+from emjax.metrics.classes import ClassScores, Shapes, SliceCounts, class_shapes, components, score_class
 from emjax.metrics.contingency import Contingency, contingency, empty_contingency, merge_contingency
 from emjax.metrics.error_lists import BrokenObject, Piece, merge_list, split_list
 from emjax.metrics.fill import fill_unlabelled
@@ -42,6 +43,7 @@ __all__ = [
     "AdaptedRand",
     "AveragePrecision",
     "BrokenObject",
+    "ClassScores",
     "Contingency",
     "Matching",
     "NormalisedInformation",
@@ -51,6 +53,8 @@ __all__ = [
     "ReferenceEvaluation",
     "RunLength",
     "Scores",
+    "Shapes",
+    "SliceCounts",
     "SurfaceDistances",
     "VariationOfInformation",
     "adapted_rand_cremi",
@@ -58,6 +62,8 @@ __all__ = [
     "average_precision",
     "border_mask",
     "class_overlaps",
+    "class_shapes",
+    "components",
     "contingency",
     "empty_contingency",
     "expected_run_length",
@@ -72,6 +78,7 @@ __all__ = [
     "rand_split_merge",
     "reference_sam4em_evaluation",
     "score",
+    "score_class",
     "score_table",
     "segments_at",
     "soft_dice",

@@ -61,12 +61,49 @@ class Drawn:
         return made
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawnClasses:
+    """Semantic volumes of one place, all of the same (z, y, x).
+
+    Attributes:
+        segmentation, labels: class numbers from 1 (z, y, x), 0 for none.
+        image: grey values (z, y, x).
+    """
+
+    segmentation: Sections
+    labels: Sections
+    image: Sections | None = None
+
+    def pictures(self, z: int, window: tuple[slice, slice], step: int = 1) -> dict[str, overlay.Rgb]:
+        """Pictures of one section, every ``step``-th voxel of ``window`` (y, x)."""
+        where = (z, *window)
+        thin = (slice(None, None, step), slice(None, None, step))
+        predicted, true = self.segmentation[where][thin], self.labels[where][thin]
+        below = None if self.image is None else overlay.grey(self.image[where])[..., 0][thin]
+        made = {} if below is None else {"image": overlay.grey(below)}
+        made["segmentation"] = overlay.labels_over(below, predicted)
+        made["ground truth"] = overlay.labels_over(below, true)
+        wrong = predicted != true
+        surplus, missing = (((part > 0) & wrong).astype(np.float32) for part in (predicted, true))
+        made["errors"] = overlay.errors_over(below, surplus, missing)
+        return made
+
+
 def data_address(picture: overlay.Rgb) -> str:
     """A picture as the address of itself."""
     return f"data:image/png;base64,{base64.b64encode(overlay.png(picture, small=True)).decode()}"
 
 
-def section_rows(drawn: Drawn, count: int = 3) -> list[dict[str, Any]]:
+class Pictures(Protocol):
+    """What sections are drawn of."""
+
+    @property
+    def segmentation(self) -> Sections: ...
+
+    def pictures(self, z: int, window: tuple[slice, slice], step: int = 1) -> dict[str, overlay.Rgb]: ...
+
+
+def section_rows(drawn: Pictures, count: int = 3) -> list[dict[str, Any]]:
     """Evenly spaced sections with their pictures."""
     depth, height, width = drawn.segmentation.shape
     step = max(1, math.ceil(max(height, width) / MOST_PIXELS))
@@ -190,10 +227,10 @@ def _ticks(most: float) -> list[float]:
     return [round(step * number, 10) for number in range(int(most / step) + 1)]
 
 
-def render(context: Mapping[str, Any]) -> str:
-    """The page. ``context`` holds what ``report.html`` names; missing names are errors."""
+def render(context: Mapping[str, Any], template: str = "report.html") -> str:
+    """The page. ``context`` holds what the template names; missing names are errors."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emjax.view", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["number"] = lambda value: f"{value:,}".replace(",", " ")
-    return environment.get_template("report.html").render(**context)
+    return environment.get_template(template).render(**context)
