@@ -10,7 +10,7 @@ The fine-grained encoder with its decoder is the residual U-Net of the PNI and S
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -417,12 +417,12 @@ class FineNet(nnx.Module):
                 x, seen = run(self.guides[config.guided_levels.index(level)], x, maps[level])
                 if seen is not None:
                     focus[config.stride(level)] = seen
-        meeting = config.coarse_levels[0] if shared is not None else -1
-        if meeting == config.levels - 1:
+        meeting = config.coarse_levels[0] if config.coarse else -1
+        if shared is not None and meeting == config.levels - 1:
             x = x + self.share(shared)
         for level, merge, block in zip(reversed(range(config.levels - 1)), self.merge, self.up):
             x = activation(upsample_linear(merge(x), fine.pools[level]) + skips[level])
-            if level == meeting:
+            if shared is not None and level == meeting:
                 x = x + self.share(shared)
             x = run(block, x)
         x = activation(self.out(x))
@@ -452,21 +452,21 @@ class FGNet(nnx.Module):
     ):
         config.validate()
         self.config, self.frozen = config, frozen
-        rngs = Keys(rngs)
+        keys: Any = Keys(rngs)
         if config.uses_sam2:
             if sam2 is None:
                 raise ValueError("sam2 is None; expected the encoder's configuration")
-            self.sam2 = ImageEncoder(sam2, rngs)
+            self.sam2 = ImageEncoder(sam2, keys)
             _store_as(self.sam2, weights)
             widths = sam2.hiera.widths if config.features == "trunk" else (sam2.features,) * 4
             self.project: nnx.List = nnx.List(
-                Projection(config.fine, widths[self._source(level)], config.width(level), rngs)
+                Projection(config.fine, widths[self._source(level)], config.width(level), keys)
                 for level in self._projected
             )
         if config.coarse:
-            self.coarse = CoarseDecoder(config, outputs, rngs)
+            self.coarse = CoarseDecoder(config, outputs, keys)
         if config.refined:
-            self.fine = FineNet(config, outputs, rngs)
+            self.fine = FineNet(config, outputs, keys)
 
     @property
     def _projected(self) -> list[int]:
@@ -526,7 +526,7 @@ class FGNet(nnx.Module):
         if config.refined:
             normal = ((image - config.image_mean) / config.image_std)[..., None]
             refined, guidance = self.fine(normal, maps, shared if config.share_coarse else None)
-            if config.refine_residual:
+            if config.refine_residual and coarse is not None:
                 refined = refined + coarse
         return FGNetOutput(
             None if refined is None else refined[(slice(None), *cut)],
@@ -549,7 +549,7 @@ def _store_as(encoder: ImageEncoder, dtype: str) -> None:
         return
     for path, variable in nnx.to_flat_state(nnx.state(encoder, nnx.Param)):
         if not is_adapter(".".join(map(str, path))):
-            owner = encoder
+            owner: Any = encoder
             for key in path[:-1]:
-                owner = owner[key] if isinstance(owner, nnx.List) else getattr(owner, str(key))
+                owner = owner[int(key)] if isinstance(owner, nnx.List) else getattr(owner, str(key))
             getattr(owner, str(path[-1])).set_value(variable.get_value().astype(dtype))

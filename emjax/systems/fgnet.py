@@ -36,12 +36,10 @@ logger = logging.getLogger(__name__)
 
 LONG_RANGE: tuple[Offset, ...] = (
     *NEAREST_OFFSETS,
-    *(
-        tuple(-step if axis == a else 0 for a in range(3))
-        for steps in ((2, 3, 3), (3, 9, 9), (4, 27, 27))
-        for axis, step in enumerate(steps)
-    ),
-)  # type: ignore[assignment]
+    *((-2, 0, 0), (0, -3, 0), (0, 0, -3)),
+    *((-3, 0, 0), (0, -9, 0), (0, 0, -9)),
+    *((-4, 0, 0), (0, -27, 0), (0, 0, -27)),
+)
 """Twelve offsets: the nearest neighbours, and the auxiliary targets of the PNI line for sectioned volumes."""
 
 RANDOM = "random"
