@@ -61,9 +61,12 @@ class Optimizer:
             (PyTorch's AMSGrad) or ``"sgd"`` (Nesterov momentum ``b1``).
         lr: rate at the end of the warm-up.
         schedule: ``"cosine"`` to ``final_lr``, ``"poly"`` (power ``power``), ``"poly_warm"`` (SegNeuron's: over
-            ``decay_steps``, constant from there on), or ``"constant"``.
+            ``decay_steps``, constant from there on), ``"epochs"`` (SAM4EM's: constant within epochs of ``epoch_steps``,
+            whole epochs of warm-up, then a cosine), or ``"constant"``.
         decay_steps: length of the decay of ``"poly_warm"``; 0 for all steps.
         warmup_steps: linear from ``warmup_factor * lr``.
+        epoch_steps: steps of an epoch of ``"epochs"``.
+        late_epochs: every epoch has the rate of the one before, and the first one ``lr``, as SAM4EM's code does it.
         decay_norms: also decay scales and biases.
         clip_norm: largest global norm of the gradient; 0 switches clipping off.
         multipliers: (regular expression on the dotted path, factor) pairs; the first match scales a parameter's
@@ -74,12 +77,14 @@ class Optimizer:
 
     name: Literal["adamw", "adam", "amsgrad", "sgd"] = "adamw"
     lr: float = 1e-3
-    schedule: Literal["cosine", "poly", "poly_warm", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "poly_warm", "epochs", "constant"] = "cosine"
     final_lr: float = 0.0
     power: float = 1.5
     decay_steps: int = 0
     warmup_steps: int = 100
     warmup_factor: float = 0.0
+    epoch_steps: int = 100
+    late_epochs: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -41,3 +41,15 @@ def dice(
     overlap = (weights * probabilities * targets).sum(axes)
     sizes = (weights * (jnp.square(probabilities) + jnp.square(targets))).sum(axes)
     return (1 - (2 * overlap + smooth) / (sizes + smooth)).mean()
+
+
+def linear_dice(
+    probabilities: jax.Array, targets: jax.Array, weights: jax.Array | None = None, smooth: float = 1.0
+) -> jax.Array:
+    """1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s) per channel (the last axis), then the mean over channels (SAM4EM)."""
+    probabilities, targets = probabilities.astype(jnp.float32), targets.astype(jnp.float32)
+    weights = jnp.ones_like(targets) if weights is None else jnp.broadcast_to(weights, targets.shape)
+    axes = tuple(range(targets.ndim - 1))
+    overlap = (weights * probabilities * targets).sum(axes)
+    sizes = (weights * (probabilities + targets)).sum(axes)
+    return (1 - (2 * overlap + smooth) / (sizes + smooth)).mean()

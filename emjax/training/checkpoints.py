@@ -238,19 +238,23 @@ def initial_variables(directory: str, config: Experiment) -> Collections:
     inherits = getattr(system_of(config.system), "inherits", None)
     taken_over = inherits(config.system, stored.system) if inherits else None
     if taken_over is not None:
-        found = _restore_variables(checkpoint, stored)["params"]
+        found = _restore_variables(checkpoint, stored)
+        made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
         if isinstance(taken_over, Mapping):
             chosen: dict = {}
             for source, branch in taken_over.items():
-                _put(chosen, branch, _branch(found, source))
-            belongs = _within(tuple(taken_over.values()))
-        else:
-            chosen, _ = partition(found, taken_over)
-            belongs = taken_over
-        made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
-        replaced, rest = partition(made["params"], belongs)
-        _check_inherited(checkpoint, chosen, replaced)
-        return {**made, "params": join(chosen, rest)}
+                _put(chosen, branch, _branch(found["params"], source))
+            replaced, rest = partition(made["params"], _within(tuple(taken_over.values())))
+            _check_inherited(checkpoint, chosen, replaced)
+            return {**made, "params": join(chosen, rest)}
+        # Statistics and constants belong to the parameters beside them.
+        variables = {}
+        for name, tree in made.items():
+            chosen, _ = partition(found[name], taken_over)
+            replaced, rest = partition(tree, taken_over)
+            _check_inherited(checkpoint, chosen, replaced)
+            variables[name] = join(chosen, rest)
+        return variables
     _check_same_arrays(checkpoint, "params", definition(config).shapes["params"])
     return _restore_variables(checkpoint, dataclasses.replace(stored, system=config.system))
 

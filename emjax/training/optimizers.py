@@ -15,7 +15,7 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, ...: linear warm-up times the chosen decay over all ``steps``.
 
     ``"poly_warm"`` is the schedule of SegNeuron's code: iterations count from 1, the decay takes ``decay_steps`` and
-    the warm-up rises from ``final_lr`` with the same power.
+    the warm-up rises from ``final_lr`` with the same power. ``"epochs"`` is that of SAM4EM's.
     """
 
     def poly_warm(step: jax.Array) -> jax.Array:
@@ -29,9 +29,21 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
         share = jnp.where(iteration < warmup, rising, jnp.where(iteration < decay, left, 0.0))
         return config.final_lr + (config.lr - config.final_lr) * share**config.power
 
+    def epochs(step: jax.Array) -> jax.Array:
+        count, warm = steps // config.epoch_steps, config.warmup_steps // config.epoch_steps
+        epoch = step // config.epoch_steps
+        now = jnp.maximum(epoch - 1, 0) if config.late_epochs else epoch
+        share = jnp.clip((now - warm) / max(count - warm, 1), 0.0, 1.0)
+        value = config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        rising = config.lr * (config.warmup_factor + (1 - config.warmup_factor) * now / max(warm, 1))
+        value = jnp.where(now < warm, rising, value)
+        return jnp.where(epoch == 0, config.lr, value) if config.late_epochs else value
+
     def rate(step: jax.Array) -> jax.Array:
         if config.schedule == "poly_warm":
             return poly_warm(step)
+        if config.schedule == "epochs":
+            return epochs(step)
         share = jnp.clip(step / steps, 0.0, 1.0)
         if config.schedule == "cosine":
             value = config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))

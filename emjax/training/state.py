@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from emjax.config import Experiment
-from emjax.models.functional import Collections, Definition, define, initialise, join, partition, variables
+from emjax.models.functional import Collections, Definition, define, initialise, join, partition, paths, variables
 from emjax.systems.protocol import system_of
 from emjax.training import optimizers
 
@@ -36,7 +36,8 @@ def fresh(config: Experiment, key: jax.Array) -> State:
 
 
 def with_given(config: Experiment, given: Mapping) -> Collections:
-    """Fresh variables but for the ``given`` parameters (a nested dict by the network's paths, cast to its types).
+    """Fresh variables but for the ``given`` ones: parameters and constants, a nested dict by the network's paths, cast
+    to its types.
 
     Raises ``ValueError`` for one that the network has not, or has in another shape.
     """
@@ -58,7 +59,9 @@ def with_given(config: Experiment, given: Mapping) -> Collections:
             raise ValueError(f"given parameter {path} is {given.shape}, the network's {fresh.shape}")
         return jnp.asarray(given, fresh.dtype)
 
-    return {**made, "params": put(made["params"], given, "")}
+    fixed = set(paths(made["constants"]))
+    constants, params = partition(given, lambda path: path in fixed)
+    return {**made, "params": put(made["params"], params, ""), "constants": put(made["constants"], constants, "")}
 
 
 def with_parameters(config: Experiment, collections: Mapping) -> State:
