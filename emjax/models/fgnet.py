@@ -551,5 +551,5 @@ def _store_as(encoder: ImageEncoder, dtype: str) -> None:
         if not is_adapter(".".join(map(str, path))):
             owner: Any = encoder
             for key in path[:-1]:
-                owner = owner[int(key)] if isinstance(owner, nnx.List) else getattr(owner, str(key))
+                owner = owner[int(str(key))] if isinstance(owner, nnx.List) else getattr(owner, str(key))
             getattr(owner, str(path[-1])).set_value(variable.get_value().astype(dtype))
