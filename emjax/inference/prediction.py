@@ -118,7 +118,8 @@ def input_generation(spec: str) -> list[list[Any]]:
     path = spec.removeprefix("precomputed://").removeprefix("file://")
     candidates = [path] + [path.rpartition(":")[0]] * (":" in path)
     names = ("", "zarr.json", ".zattrs", "0/zarr.json", ".zarray", "0/.zarray", "attributes.json", "info")
-    return ledger.file_generation(os.path.join(base, name) for base in candidates if base for name in names)
+    places = (os.path.join(base, name) if name else base for base in candidates if base for name in names)
+    return ledger.file_generation(places)
 
 
 def predict_volume(
