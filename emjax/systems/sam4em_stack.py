@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,8 @@ import numpy as np
 
 from emjax.data.volume import Volume
 from emjax.errors import UserError
-from emjax.models import sam4em
 from emjax.models.functional import Collections, Definition
-from emjax.models.sam2.config import STRIDE
-from emjax.systems.protocol import Layer, Slab, Streaming
+from emjax.systems.protocol import Block, Layer, Slab, Streaming
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +31,39 @@ class Plan:
     """How a volume is cut.
 
     Attributes:
-        tile: pixels (y, x) of a tile at most, multiples of 32; planes smaller than that are one tile.
+        tile: pixels (y, x) of a tile at most; planes smaller than that are one tile.
         overlap: pixels (y, x) that neighbouring tiles share at least; blended linearly.
         slab: slices that are encoded at once.
         batch: tiles that are worked on at once.
-        first_mask: prompt of a volume's first slice: ``"empty"``, or ``"predicted"``, the mask that the first slice gets
-            with an empty prompt. (The published evaluation gives it the truth; that is in ``eval/sam4em.py`` alone.)
+        multiple: a tile's sides are multiples of this.
     """
 
-    tile: Pair = (512, 512)
-    overlap: Pair = (128, 128)
+    tile: Pair
+    overlap: Pair
     slab: int = 8
-    batch: int = 2
-    first_mask: Literal["empty", "predicted"] = "empty"
+    batch: int = 1
+    multiple: int = 32
 
     def validate(self) -> None:
         """Raises ``UserError`` for values that cannot work."""
-        if len(self.tile) != 2 or any(side < STRIDE or side % STRIDE for side in self.tile):
-            raise UserError(f"stack.tile {self.tile}: expected two multiples of {STRIDE} (y, x)")
-        if len(self.overlap) != 2 or any(not 0 <= o < side for o, side in zip(self.overlap, self.tile)):
-            raise UserError(f"stack.overlap {self.overlap}: expected from 0 to less than stack.tile {self.tile}")
+        if any(side < self.multiple or side % self.multiple for side in self.tile):
+            raise UserError(f"tiles of {self.tile} (y, x) pixels: expected multiples of {self.multiple}")
+        if any(not 0 <= overlap < side for overlap, side in zip(self.overlap, self.tile)):
+            raise UserError(f"tiles of {self.tile} pixels overlap by {self.overlap}: expected less than their size")
         if self.slab < 1 or self.batch < 1:
-            raise UserError(f"stack.slab {self.slab} and stack.batch {self.batch}: expected 1 or more")
-        if self.first_mask not in ("empty", "predicted"):
-            raise UserError(f"stack.first_mask {self.first_mask!r}: expected 'empty' or 'predicted'")
+            raise UserError(f"slab {self.slab} and batch {self.batch}: expected 1 or more")
 
 
-def _line(size: int, tile: int, overlap: int) -> tuple[int, list[int]]:
+def plan_of(block: Block, multiple: int, batch: int = 1) -> Plan:
+    """The plan that a block of prediction says: size and stride in plane, slices of a slab."""
+    slab, *tile = block.size
+    overlap = [size - stride for size, stride in zip(tile, block.stride[1:])]
+    return Plan(tile=tuple(tile), overlap=tuple(overlap), slab=slab, batch=batch, multiple=multiple)
+
+
+def _line(size: int, tile: int, overlap: int, multiple: int) -> tuple[int, list[int]]:
     """Length of tiles along one axis of ``size`` pixels, and their first pixels; the last ends with the axis."""
-    length = min(tile, -(-size // STRIDE) * STRIDE)
+    length = min(tile, -(-size // multiple) * multiple)
     if size <= length:
         return length, [0]
     starts = list(range(0, size - length, length - overlap))
@@ -95,7 +97,9 @@ class Tiles:
 
 def tiles_of(plan: Plan, shape: Pair) -> Tiles:
     """The tiles of planes of ``shape`` (y, x)."""
-    (height, ys), (width, xs) = (_line(n, tile, o) for n, tile, o in zip(shape, plan.tile, plan.overlap))
+    (height, ys), (width, xs) = (
+        _line(n, tile, overlap, plan.multiple) for n, tile, overlap in zip(shape, plan.tile, plan.overlap)
+    )
 
     def ramp(side: int, overlap: int) -> np.ndarray:
         place = np.arange(side, dtype=np.float32)
@@ -107,17 +111,23 @@ def tiles_of(plan: Plan, shape: Pair) -> Tiles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Net:
-    """A network with its variables.
+    """A network with its variables, and what is asked of it; the functions are pure and take the module first.
 
     Attributes:
-        config, definition, collections: the network.
-        prepare: slices (n, y, x), uint8 or 0..1, to its input (n, y, x, 3).
+        classes: number of masks.
+        definition, collections: the network.
+        encode: slices (n, y, x), uint8 or 0..1, to features (n, ...), each by itself.
+        start: features (batch, ...) of a first slice, and its masks (batch, y, x, classes) or None, to a state.
+        scan: a state, features (z, batch, ...) and the tiles' size (y, x), to the state after them, and probabilities
+            (z, batch, y, x, classes).
     """
 
-    config: sam4em.Config
+    classes: int
     definition: Definition
     collections: Collections
-    prepare: Callable[[jax.Array], jax.Array]
+    encode: Callable[[Any, jax.Array], jax.Array]
+    start: Callable[[Any, jax.Array, jax.Array | None], Any]
+    scan: Callable[[Any, Any, jax.Array, Pair], tuple[Any, jax.Array]]
 
 
 class Stack:
@@ -129,52 +139,50 @@ class Stack:
         net: Net,
         read: Callable[[int, int], np.ndarray],
         shape: tuple[int, int, int],
-        first: np.ndarray | None = None,
+        truth: np.ndarray | None = None,
     ):
-        """``read(z0, z1)`` gives slices (z1 - z0, y, x), uint8 or 0..1, of a volume of ``shape``; ``first`` is the mask
-        (y, x, classes) that prompts the first slice, instead of ``plan.first_mask``."""
+        """``read(z0, z1)`` gives slices (z1 - z0, y, x), uint8 or 0..1, of a volume of ``shape``; ``truth`` are the
+        masks (y, x, classes) of the first slice, for a network that wants to be prompted with them."""
         plan.validate()
-        self.plan, self.net, self.read, self.shape, self.first = plan, net, read, shape, first
-        self.tiles = tiles_of(plan, shape[1:])
+        self.plan, self.net, self.read, self.shape, self.truth = plan, net, read, shape, truth
+        self.tiles = tiles_of(plan, (shape[1], shape[2]))
         self.slab = min(plan.slab, shape[0])
-        batch = min(plan.batch, len(self.tiles.starts))
         numbers = list(range(len(self.tiles.starts)))
-        self.groups = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-        self._batch = batch
+        self._batch = min(plan.batch, len(numbers))
+        self.groups = [numbers[i : i + self._batch] for i in range(0, len(numbers), self._batch)]
         self._advance = jax.jit(self._advance_tiles)
-        self._start = jax.jit(lambda prompt: self._model(net.collections).initial_state(batch, self.tiles.size, prompt))
+        self._start = jax.jit(self._start_tiles)
 
-    def _model(self, collections: Collections) -> sam4em.SAM4EM:
-        return self.net.definition.bind(collections)
+    def _start_tiles(self, collections: Collections, grey: jax.Array, truth: jax.Array | None) -> Any:
+        model = self.net.definition.bind(collections)
+        return self.net.start(model, self.net.encode(model, grey), truth)
 
     def _advance_tiles(self, collections: Collections, state: Any, grey: jax.Array) -> tuple[Any, jax.Array]:
         """Tiles (z, tile, y, x) of a slab: the state after it, and probabilities (z, tile, y, x, classes)."""
-        model = self._model(collections)
-        slices, batch = grey.shape[:2]
-        features = model.encode(self.net.prepare(grey.reshape(-1, *grey.shape[2:])))
-        state, masks = model.scan(state, features.reshape(slices, batch, *features.shape[1:]))
-        return state, jax.nn.sigmoid(masks.result(self.net.config))
+        model = self.net.definition.bind(collections)
+        features = self.net.encode(model, grey.reshape(-1, *grey.shape[2:]))
+        return self.net.scan(model, state, features.reshape(*grey.shape[:2], *features.shape[1:]), self.tiles.size)
 
     def _filled(self, numbers: Sequence[int]) -> list[int]:
         """A group of tiles filled up to the compiled number."""
         return [*numbers, *[numbers[-1]] * (self._batch - len(numbers))]
 
+    def _first(self, numbers: Sequence[int]) -> tuple[Collections, jax.Array, jax.Array | None]:
+        """What the state of a group begins with."""
+        grey = jnp.asarray(self.tiles.cut(self.read(0, 1), self._filled(numbers))[0])
+        if self.truth is None:
+            return self.net.collections, grey, None
+        planes = self.tiles.cut(np.moveaxis(self.truth, -1, 0), self._filled(numbers))
+        return self.net.collections, grey, jnp.asarray(np.moveaxis(planes, 0, -1), jnp.float32)
+
     def start(self) -> list[Any]:
         """The states before the first slice, of every group of tiles."""
-        classes = self.net.config.classes
-        states = []
-        for numbers in self.groups:
-            prompt = np.zeros((self._batch, *self.tiles.size, classes), np.float32)
-            if self.first is not None:
-                planes = np.moveaxis(np.asarray(self.first, np.float32), -1, 0)
-                prompt = np.moveaxis(self.tiles.cut(planes, self._filled(numbers)), 0, -1)
-            state = self._start(jnp.asarray(prompt))
-            if self.first is None and self.plan.first_mask == "predicted":
-                grey = self.tiles.cut(self.read(0, 1), self._filled(numbers))
-                after, _ = self._advance(self.net.collections, state, jnp.asarray(grey))
-                state = self._start(after.prompt)
-            states.append(state)
-        return states
+        return [self._start(*self._first(numbers)) for numbers in self.groups]
+
+    def restored(self, kept: Sequence[Sequence[Any]]) -> list[Any]:
+        """States of all groups from the leaves that were kept."""
+        form = jax.tree.structure(jax.eval_shape(self._start_tiles, *self._first(self.groups[0])))
+        return [jax.tree.unflatten(form, [jnp.asarray(leaf) for leaf in leaves]) for leaves in kept]
 
     def advance(self, states: Sequence[Any], begin: int) -> tuple[list[Any], np.ndarray]:
         """The slab from slice ``begin`` on: new states, and probabilities (classes, z, y, x) float32."""
@@ -182,7 +190,7 @@ class Stack:
         grey = self.read(begin, end)
         # The last slab is filled up, which is without effect on the slices before.
         grey = np.concatenate([grey, np.repeat(grey[-1:], self.slab - len(grey), axis=0)])
-        total = np.zeros((self.net.config.classes, end - begin, *self.shape[1:]), np.float32)
+        total = np.zeros((self.net.classes, end - begin, *self.shape[1:]), np.float32)
         weights = np.zeros(self.shape[1:], np.float32)
         after = []
         for numbers, state in zip(self.groups, states):
@@ -211,43 +219,29 @@ def stored(probabilities: np.ndarray) -> np.ndarray:
     return np.rint(probabilities * np.float32(SCALE)).astype(np.uint8)
 
 
-def classes_of(probabilities: np.ndarray, threshold: float = 0.5, values: Sequence[int] | None = None) -> np.ndarray:
-    """Labels uint32 (z, y, x) from probabilities (classes, z, y, x), uint8 or 0..1: the class with the largest, where it
-    is above ``threshold``, else 0. ``values`` are the label values of the classes; 1, 2, ... if None."""
-    lut = np.asarray([0, *(range(1, len(probabilities) + 1) if values is None else values)], np.uint32)
-    limit = threshold * SCALE if probabilities.dtype == np.uint8 else threshold
-    best = probabilities.argmax(0)
-    return lut[np.where(probabilities.max(0) > limit, best + 1, 0)]
-
-
-def segment_volume(
-    plan: Plan, net: Net, image: Volume, *, threshold: float = 0.5, values: Sequence[int] | None = None
-) -> Streaming:
+def segment_volume(plan: Plan, net: Net, image: Volume, decode: Callable[[np.ndarray], np.ndarray]) -> Streaming:
     """``labels`` and ``probabilities`` of a volume (z, y, x), uint8 or 0..1, slab by slab.
+
+    ``decode``: labels uint32 (z, y, x) of probabilities (classes, z, y, x) as they are stored, slice by slice.
 
     Raises:
         UserError: a plan that cannot work.
     """
     plan.validate()
     shape = image.spatial_shape
-    tiles = tiles_of(plan, shape[1:])
+    tiles = tiles_of(plan, (shape[1], shape[2]))
     if any(side > have for side, have in zip(tiles.size, shape[1:])):
         log.info("slices of %d x %d pixels are padded to %d x %d, and cropped again", *shape[1:], *tiles.size)
     slab = min(plan.slab, shape[0])
 
     def run(written: Mapping[str, Any], state: Any) -> Iterator[Slab]:
         stack = Stack(plan, net, lambda z0, z1: image[z0:z1], shape)
-        states = stack.start()
-        begin = 0
-        if state is not None:
-            begin = int(state["slices"])
-            form = jax.tree.structure(states[0])
-            states = [jax.tree.unflatten(form, [jnp.asarray(leaf) for leaf in kept]) for kept in state["tiles"]]
+        begin = 0 if state is None else int(state["slices"])
+        states = stack.start() if state is None else stack.restored(state["tiles"])
         for z in range(begin, shape[0], slab):
             states, found = stack.advance(states, z)
             kept = stored(found)
-            labels = classes_of(kept, threshold, values)
-            arrays = [("labels", z, labels), ("probabilities", z, kept)]
+            arrays = [("labels", z, decode(kept)), ("probabilities", z, kept)]
             yield Slab(arrays, {"slices": z + slab, "tiles": [jax.tree.leaves(part) for part in states]})
 
     return Streaming(
@@ -255,7 +249,7 @@ def segment_volume(
         steps=math.ceil(shape[0] / slab),
         layers={
             "labels": Layer(dtype=np.uint32),
-            "probabilities": Layer(dtype=np.uint8, channels=net.config.classes, attributes={"scale": 1 / SCALE}),
+            "probabilities": Layer(dtype=np.uint8, channels=net.classes, attributes={"scale": 1 / SCALE}),
         },
         slab=slab,
     )
