@@ -17,16 +17,17 @@ import numpy as np
 from flax import nnx
 
 from emjax import losses
+from emjax.data.volume import Volume
 from emjax.errors import UserError
 from emjax.models import sam4em
-from emjax.models.functional import define, paths
+from emjax.models.functional import Collections, define, paths
 from emjax.models.layers.lora import is_adapter
 from emjax.models.layers.resize import resize
 from emjax.models.sam2.config import STRIDE
 from emjax.models.sam2.neck import MEAN, STD
 from emjax.models.sam4em import Masks, State
-from emjax.systems import hiera_pretraining
-from emjax.systems.protocol import Block, Output, unit_grey
+from emjax.systems import hiera_pretraining, sam4em_stack
+from emjax.systems.protocol import Block, Output, Streaming, unit_grey
 from emjax.weights.family import read_checkpoint
 from emjax.weights.sam2 import FAMILY
 from emjax.weights.sam4em import started_from_sam2
@@ -75,7 +76,9 @@ class Config:
             where there is none, the prompt is empty).
         threshold: probability from which a voxel belongs to a class.
         voxel_size: nm (z, y, x) that the model is meant for; prediction warns when the volume's differs.
-        plan: blocks of prediction without memory across blocks; ``emjax.segment`` carries the memory through the stack.
+        plan: blocks of prediction without memory across blocks. ``emjax.segment`` takes tiles of the same size and
+            overlap in plane, and carries their memory through the stack.
+        tiles: tiles that ``emjax.segment`` works on at once.
     """
 
     model: sam4em.Config = sam4em.Config()
@@ -91,6 +94,7 @@ class Config:
     threshold: float = 0.5
     voxel_size: tuple[float, float, float] | None = None
     plan: Block = Block(size=(8, 512, 512), stride=(8, 384, 384), blending="gaussian")
+    tiles: int = 1
 
 
 def published(config: Config) -> Config:
@@ -136,8 +140,8 @@ def validate(config: Config) -> None:
             f"sam4em: finetune {config.finetune!r} needs model.lora and model.decoder_lora to be {kinds[wanted[0]]} and "
             f"{kinds[wanted[1]]}, found {kinds[found[0]]} and {kinds[found[1]]}"
         )
-    if config.shrink < 1:
-        raise UserError(f"sam4em: shrink {config.shrink}, expected 1 or more")
+    if config.shrink < 1 or config.tiles < 1:
+        raise UserError(f"sam4em: shrink {config.shrink} and tiles {config.tiles}, expected 1 or more")
     for name in ("dice_share", "first_share", "threshold"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"sam4em: {name} {getattr(config, name)}, expected 0 to 1")
@@ -395,3 +399,41 @@ def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
 def block(config: Config) -> Block:
     """The plan of prediction."""
     return config.plan
+
+
+def stack_network(config: Config, collections: Collections) -> sam4em_stack.Net:
+    """The network as inference over volumes takes it. Raises ``UserError`` for variables of another network."""
+    check_variables(config, collections)
+
+    def scan(
+        model: sam4em.SAM4EM, state: State, features: jax.Array, shape: tuple[int, int]
+    ) -> tuple[State, jax.Array]:
+        state, masks = model.scan(state, features)
+        return state, jax.nn.sigmoid(full_size(config, masks.result(config.model), shape))
+
+    return sam4em_stack.Net(
+        classes=len(config.classes),
+        definition=define(lambda rngs: build(config, rngs)),
+        collections=collections,
+        encode=lambda model, image: encode(config, model, image),
+        start=lambda model, features, truth: initial_state(config, model, features, truth),
+        scan=scan,
+    )
+
+
+def stack_plan(config: Config) -> sam4em_stack.Plan:
+    """How ``emjax.segment`` cuts a volume."""
+    return sam4em_stack.plan_of(config.plan, STRIDE * config.shrink, config.tiles)
+
+
+def segment_volume(config: Config, collections: Collections | None, image: Volume) -> Streaming:
+    """A whole volume, slab by slab, memory carried along z; see ``emjax.systems.sam4em_stack``.
+
+    Raises ``UserError`` without a checkpoint, or for one of another network.
+    """
+    if collections is None:
+        raise UserError("SAM4EM needs a trained network: --checkpoint DIR")
+    net = stack_network(config, collections)
+    return sam4em_stack.segment_volume(
+        stack_plan(config), net, image, lambda probabilities: decode(config, {"probabilities": probabilities})
+    )

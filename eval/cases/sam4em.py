@@ -15,6 +15,8 @@ from cases.sam2 import channels_first, precise, random_input, rows
 from checks import Case, Row, bound, close, exact, load, load_json, seeded_state
 from emjax.config import Optimizer
 from emjax.data.slices import resize_grey, resize_labels, zoom_labels
+from emjax.metrics import overlap, soft_dice, surface_distances
+from emjax.metrics.overlap import reference_sam4em_evaluation
 from emjax.models.functional import join, partition, paths, variables
 from emjax.models.sam4em import Masks
 from emjax.systems import sam4em as system
@@ -27,6 +29,8 @@ MODULE = 1e-4
 OTHER_SIDE = 1e-3
 GRADIENT, NO_GRADIENT = 1e-3, 1e-6
 SCALAR = 1e-6
+ROUNDING = 1e-12
+"""Figures that are to be exact up to float64 rounding."""
 MANIFEST = "manifest.json"
 _FAN_IN_MARKS = ("attn_token_to_image.", "attn_image_to_token.", ".query_proj.")
 
@@ -219,6 +223,29 @@ def losses(path: pathlib.Path) -> Iterator[Row]:
         yield close(key, found[name], oracle[key], atol=SCALAR)
 
 
+def metrics(path: pathlib.Path) -> Iterator[Row]:
+    """The published evaluator, defects included, and MedPy's surface distances per slice and with voxel sizes."""
+    oracle = load(path)
+    truth, found = oracle["gt"], oracle["pred"]
+    slices = [reference_sam4em_evaluation(found[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
+    yield close("per_slice_iou", [part.iou for part in slices], oracle["per_slice_iou"], rtol=ROUNDING)
+    yield close("per_slice_dice", [part.dice for part in slices], oracle["per_slice_dice"], rtol=ROUNDING)
+    whole = reference_sam4em_evaluation(found, truth, oracle["batches"].tolist())
+    yield close("evaluator_miou", whole.iou, oracle["evaluator_miou"], rtol=ROUNDING)
+    yield close("evaluator_dice", whole.dice, oracle["evaluator_dice"], rtol=ROUNDING)
+    yield close("evaluator_accuracy", whole.accuracy, oracle["evaluator_accuracy"], rtol=ROUNDING)
+    yield close("true_accuracy", overlap(found, truth).accuracy, oracle["true_accuracy"], rtol=ROUNDING)
+    # The one figure that the reference computes in float32.
+    yield close("dice_smooth_0p1", soft_dice(found, truth, 0.1), oracle["dice_smooth_0p1"], rtol=2**-23)
+    count = len(oracle["hd"])
+    distances = [surface_distances(found[i], truth[i]) for i in range(count)]
+    for name in ("hd", "hd95", "assd"):
+        yield close(name, [getattr(part, name) for part in distances], oracle[name], rtol=ROUNDING)
+    volume = surface_distances(found[:count], truth[:count], (3, 1, 1))
+    for name in ("hd95", "assd"):
+        yield close(f"{name}_volume_spacing", getattr(volume, name), oracle[f"{name}_volume_spacing"], rtol=ROUNDING)
+
+
 def schedule(path: pathlib.Path) -> Iterator[Row]:
     """The rate in every epoch, in the first and last step of it, as published (one epoch late) and as meant."""
     oracle = load(path)
@@ -304,6 +331,7 @@ CASES = {
     "forward_*.npz": Case(forward),
     "fusion_train.npz": Case(fusion_train),
     "losses.npz": Case(losses),
+    "metrics.npz": Case(metrics),
     "schedule.npz": Case(schedule),
     "preprocess.npz": Case(preprocess),
     "manifest.json": Case(manifest),
