@@ -39,7 +39,19 @@ from emjax.systems.protocol import system_of
 from emjax.training.loading import load_system, trained_window
 
 _UNUSED_BY_STREAMS = (
-    *("threshold", "thresholds", "score", "low", "high", "history", "dust", "mask", "memory_whole", "segment_block"),
+    *(
+        "threshold",
+        "thresholds",
+        "score",
+        "low",
+        "high",
+        "regrow",
+        "history",
+        "dust",
+        "mask",
+        "memory_whole",
+        "segment_block",
+    ),
     *("batch", "flips", "block", "memory", "executor"),
 )
 
@@ -56,10 +68,17 @@ def main(arguments: list[str]) -> int:
     settings = Settings(
         low=defaults["low"] if options.low is None else options.low,
         high=defaults["high"] if options.high is None else options.high,
+        regrow=defaults["regrow"] if options.regrow is None else options.regrow,
         score=options.score or defaults["score"],
         history=options.history,
     )
     settings.validate()
+    if settings.regrow and (options.segment_block or options.executor != "local"):
+        given = "--segment-block" if options.segment_block else f"--executor {options.executor}"
+        raise UserError(
+            f"--regrow {settings.regrow} floods the whole volume at once, {given} works block by block; give --regrow 0, "
+            "or predict first and segment in one process"
+        )
     thresholds = _thresholds(options, defaults, settings)
     if options.pyramid and not (options.output.rstrip("/").endswith(".zarr") or "precomputed://" in options.output):
         raise UserError(f"--pyramid: {options.output} has no levels; write NAME.zarr or precomputed://")
@@ -96,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--score", help="mean, max, hist_quant_50, aff85_his256, ... (default: mean)")
     parser.add_argument("--low", type=float, help="affinities at or below never join (default: 0.0001)")
     parser.add_argument("--high", type=float, help="affinities of at least this always join (default: 0.9999)")
+    parser.add_argument(
+        "--regrow", type=int, metavar="VOXELS", help="smaller fragments give way to the others; not block by block"
+    )
     parser.add_argument(
         "--history", type=float, default=1.0, help="keep merges up to this threshold (default: %(default)s)"
     )
@@ -138,6 +160,7 @@ def _defaults(config: Any) -> dict[str, Any]:
     return {
         "low": chosen.low,
         "high": chosen.high,
+        "regrow": getattr(chosen, "regrow", 0),
         "score": chosen.score,
         "threshold": getattr(chosen, "threshold", 0.5),
     }
@@ -215,6 +238,11 @@ def _agglomerate(
     _check_free(options)
     needed, most = segmentation.bytes_needed(volume), _whole_memory(options)
     if needed > most or options.segment_block or options.executor != "local":
+        if settings.regrow:
+            raise UserError(
+                f"--regrow {settings.regrow} floods the whole volume at once, which needs about {needed / 1e9:.1f} GB; "
+                f"{most / 1e9:.1f} GB are allowed (--memory-whole). --regrow 0 segments block by block"
+            )
         executor = executor_of(options)
         block = whole_triple(options.segment_block, "--segment-block")
         block = block or block_shape(volume.spatial_shape, byte_size(options.memory) // max(executor.workers(), 1))

@@ -12,6 +12,7 @@ from emjax.errors import UserError
 from emjax.inference.blockwise import block_shape
 from emjax.inference.segmentation import load_merges
 from emjax.postprocess import agglomerate, apply, region_graph, watershed
+from emjax.systems import affinity_unet
 
 NEAREST = ((-1, 0, 0), (0, -1, 0), (0, 0, -1))
 
@@ -192,6 +193,22 @@ def test_levels_for_viewers(tmp_path):
         run("--input", stored, "--output", tmp_path / "labels.h5", "--pyramid")
 
 
+def test_small_fragments_give_way(stored, tmp_path):
+    values = affinities_of()
+    mask = np.ones(values.shape[1:], np.uint8)
+    mask[:, :5] = 0
+    save_volume(tmp_path / "mask.zarr", mask, voxel_size=(40, 4, 4))
+    run("--input", stored, "--output", tmp_path / "labels.zarr", "--regrow", "40", "--mask", tmp_path / "mask.zarr")
+    fragments = open_volume(tmp_path / "labels.fragments.zarr")[...]
+    assert ((fragments > 0) == mask).all()
+    assert fragments.max() < watershed(values, 0.0001, 0.9999).max()
+    config = affinity_unet.Config(segmentation=affinity_unet.Segmentation(regrow=40, threshold=0.4))
+    run("--input", stored, "--output", tmp_path / "all.zarr", "--regrow", "40", "--threshold", "0.4")
+    whole = open_volume(tmp_path / "all.zarr")[...]
+    np.testing.assert_array_equal(whole, affinity_unet.decode(config, {"affinities": values}))
+    assert (whole > 0).all()
+
+
 def test_system_decoding_and_settings_from_a_config(stored, tmp_path):
     config = pathlib.Path(__file__).parent.parent / "configs" / "smoke" / "affinity_unet.py"
     run(
@@ -230,6 +247,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(stored, tmp_path):
         (["--input", stored, "--thresholds", "a,b"], "--thresholds"),
         (["--input", stored, "--score", "median"], "--score"),
         (["--input", stored, "--low", "0.9", "--high", "0.1"], "low"),
+        (["--input", stored, "--regrow", "-1"], "--regrow"),
+        (["--input", stored, "--regrow", "9", "--segment-block", "9,9,9"], "--regrow 0"),
+        (["--input", stored, "--regrow", "9", "--executor", "stripes"], "--regrow 0"),
+        (["--input", stored, "--regrow", "9", "--memory-whole", "1KB"], "--regrow 0"),
         (["--input", stored, "--mask", tmp_path / "mask.zarr"], "shape"),
         (["--input", stored, "--method", "system"], "--config"),
         (["--threshold", "0.5"], "merge history"),

@@ -81,7 +81,7 @@ def get_config(variant: str = "") -> Experiment:
         system=system,
         data=dataclasses.replace(full.data, batch_size=2, threads=2, validation_batches=4),
         optimizer=Optimizer(lr=2e-3, warmup_steps=50, weight_decay=1e-2),
-        train=Train(steps=1000, ema=0.99, log_every=10, validate_every=150, save_every=50),
+        train=Train(steps=700, ema=0.99, log_every=10, validate_every=150, save_every=50),
     )
     if variant == "cpu":
         return cpu

@@ -21,7 +21,7 @@ from emjax.data.affinities import NEAREST, open_affinities
 from emjax.data.volume import Volume, blocks, check_finite, create_volume, mark_complete
 from emjax.errors import UserError
 from emjax.inference.ledger import content_hash
-from emjax.postprocess import MergeTree, agglomerate, apply, parse_score, region_graph, watershed
+from emjax.postprocess import MergeTree, agglomerate, apply, parse_score, region_graph, regrow, watershed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,14 @@ class Settings:
 
     Attributes:
         low, high: watershed limits; affinities at or below ``low`` never join, those of at least ``high`` always do.
+        regrow: fragments of fewer voxels give way to the others (``emjax.postprocess.regrow``); 0 leaves them.
         score: agglomeration score (``emjax.postprocess.parse_score``).
         history: the merge history reaches to this threshold, and so do labels cut from it.
     """
 
     low: float = 0.0001
     high: float = 0.9999
+    regrow: int = 0
     score: str = "mean"
     history: float = 1.0
 
@@ -43,6 +45,8 @@ class Settings:
         """Raises ``UserError`` for settings that cannot work."""
         if not 0 <= self.low < self.high:
             raise UserError(f"--low {self.low:g}, --high {self.high:g}: expected 0 <= low < high")
+        if self.regrow < 0:
+            raise UserError(f"--regrow {self.regrow}: expected a number of voxels, or 0")
         if not 0 < self.history <= 1:
             raise UserError(f"--history {self.history:g}: expected a threshold above 0, up to 1")
         try:
@@ -168,6 +172,10 @@ def segment_whole(
     affinities = read_affinities(volume, channels, [slice(0, n) for n in volume.spatial_shape], mask)
     fragments = watershed(affinities, settings.low, settings.high, threads=threads)
     say(f"{int(fragments.max())} fragments")
+    if settings.regrow:
+        inside = None if mask is None else mask[...]
+        fragments = regrow(fragments, affinities, settings.regrow, inside)
+        say(f"{int(fragments.max())} after those below {settings.regrow} voxels gave way")
     statistics = parse_score(settings.score).statistics()
     graph = region_graph(affinities, fragments, statistics, threads=threads)
     del affinities

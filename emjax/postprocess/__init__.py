@@ -28,6 +28,7 @@ from emjax.postprocess.multicut import (
 )
 from emjax.postprocess.mutex_watershed import mutex_watershed
 from emjax.postprocess.region_graph import Graph, Histograms, region_graph, region_sizes
+from emjax.postprocess.regrow import regrow
 from emjax.postprocess.relabel import apply, renumber
 from emjax.postprocess.seeded_watershed import (
     distance_transform_watershed,
@@ -73,6 +74,7 @@ __all__ = [
     "parse_score",
     "region_graph",
     "region_sizes",
+    "regrow",
     "renumber",
     "seeded_watershed",
     "segment_blockwise",

@@ -14,7 +14,7 @@ from emjax.data.targets import NEAREST_OFFSETS, Offset, affinities, affinity_mas
 from emjax.data.targets import widen_borders as widen
 from emjax.errors import UserError
 from emjax.models.unet import UNet, UNetConfig
-from emjax.postprocess import agglomerate, apply, region_graph, watershed
+from emjax.postprocess import agglomerate, apply, region_graph, regrow, watershed
 from emjax.systems.protocol import Block, Output, Triple, flip_back_affinities, unit_grey
 
 
@@ -24,12 +24,15 @@ class Segmentation:
 
     Attributes:
         low, high: watershed limits; edges at or below ``low`` never join, those at or above ``high`` always do.
+        regrow: fragments of fewer voxels are dissolved and the others grow into their place
+            (``emjax.postprocess.regrow``); 0 leaves them. Whole volumes only.
         score: agglomeration score, such as ``"mean"`` or ``"hist_quant_50"``.
         threshold: pairs are merged while their score (1 - affinity) is below it.
     """
 
     low: float = 0.0001
     high: float = 0.9999
+    regrow: int = 0
     score: str = "mean"
     threshold: float = 0.5
 
@@ -165,6 +168,8 @@ def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
     settings = config.segmentation
     wanted = np.asarray(outputs["affinities"])[:3]
     fragments = watershed(wanted, settings.low, settings.high)
+    if settings.regrow:
+        fragments = regrow(fragments, wanted, settings.regrow)
     tree = agglomerate(region_graph(wanted, fragments), settings.threshold, score=settings.score)
     return apply(tree.cut(settings.threshold), fragments)
 
