@@ -21,7 +21,7 @@ from emjax.data.volume import Volume
 from emjax.errors import UserError
 from emjax.models import sam4em
 from emjax.models.functional import Collections, define, paths
-from emjax.models.layers.lora import is_adapter
+from emjax.models.layers.lora import LoRA, is_adapter
 from emjax.models.layers.resize import resize
 from emjax.models.sam2.config import STRIDE
 from emjax.models.sam2.neck import MEAN, STD
@@ -110,6 +110,40 @@ def published(config: Config) -> Config:
         first_share=0.5,
         threshold=0.4,
     )
+
+
+ABLATIONS = {
+    "reference": "every switch as in the published code; the rank of the adapters stays",
+    "frozen": "the encoder as it is, without adapters",
+    "full": "the encoder trained whole, without adapters",
+    "nomemory": "no memory; the mask of the slice before is still the prompt",
+    "onestage": "the first decoder alone",
+}
+"""Rows of the ablation table, each one change of a configuration of stage 1."""
+
+
+def ablation(config: Config, row: str) -> Config:
+    """``config`` as the row says. Raises ``KeyError`` for an unknown one."""
+    model = config.model
+    if row == "reference":
+        rank = 100 if model.lora is None else model.lora.rank
+        changed = published(config)
+        lora = dataclasses.replace(changed.model.lora or LoRA(), rank=rank)
+        return dataclasses.replace(changed, model=dataclasses.replace(changed.model, lora=lora))
+    if row == "nomemory":
+        memory = dataclasses.replace(model.memory, update="none")
+        return dataclasses.replace(config, model=dataclasses.replace(model, memory=memory))
+    if row == "onestage":
+        return dataclasses.replace(
+            config, model=dataclasses.replace(model, decoders=1, output="stage1"), first_share=1.0
+        )
+    kind: Literal["frozen", "full"] = {"frozen": "frozen", "full": "full"}[row]  # type: ignore[assignment]
+    return dataclasses.replace(config, model=dataclasses.replace(model, lora=None), finetune=kind)
+
+
+def second_stage(config: Config, lora: LoRA) -> Config:
+    """The configuration of the second stage that follows ``config``: adapters in the decoders, which are frozen."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder_lora=lora), finetune="stage2")
 
 
 def validate(config: Config) -> None:
