@@ -13,6 +13,7 @@ import numpy as np
 from emjax.data.augment_defects import Misalignment, MissingParts, MissingSection
 from emjax.data.augment_geometry import Elastic, ElasticGrid, FlipTranspose, Rescale, Rotate, Rotate90
 from emjax.data.augment_intensity import Blur, CutBlur, CutNoise, Cutout, GaussianNoise, Grayscale, MotionBlur
+from emjax.data.augment_sam4em import Sam4emSlices
 from emjax.data.crops import Draws, Sample, Shape, centre_crop
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Rescale",
     "Rotate",
     "Rotate90",
+    "Sam4emSlices",
     "apply_draws",
     "augment",
     "chain_shapes",

@@ -18,6 +18,7 @@ import numpy as np
 
 from emjax.data.augment import Augmentation, apply_draws, draw_chain, needed_shape
 from emjax.data.crops import Draws, Sample, Shape, as_float, as_int32_ids, as_uint8, split_components
+from emjax.data.semantic import ClassVolume, check_values, open_classes
 from emjax.data.volume import Volume, check_finite, common_region, open_volume, read_cached, require_same_grid
 from emjax.errors import UserError
 
@@ -28,10 +29,12 @@ class Source:
 
     Attributes:
         raw: the image.
-        labels: ids of the same shape; None for raw data alone (self-supervised training).
+        labels: ids or classes of the same shape, or the volumes that classes are put together from; None for raw data
+            alone (self-supervised training).
         mask: non-zero = counts in the loss.
         ignore: non-zero = does not count in the loss.
         ignore_labels: label values that do not count in the loss.
+        label_values: of class labels: the only values but 0 that may be there; () for any.
         weight: share of crops, relative to the weights of the other sources.
         name: what messages call it; the path of ``raw`` if empty.
         voxel_size: nm (z, y, x), where the file does not state it.
@@ -42,10 +45,11 @@ class Source:
     """
 
     raw: str
-    labels: str | None = None
+    labels: str | tuple[ClassVolume, ...] | None = None
     mask: str | None = None
     ignore: str | None = None
     ignore_labels: tuple[int, ...] = ()
+    label_values: tuple[int, ...] = ()
     weight: float = 1.0
     name: str = ""
     voxel_size: tuple[float, float, float] | None = None
@@ -253,6 +257,8 @@ class Sampler:
         sample = {"image": _grey(crop(part.raw), source)}
         if part.labels is not None:
             sample["labels"] = as_int32_ids(crop(part.labels))
+            if source.label_values and not part.cached:
+                check_values(sample["labels"], source.label_values, f"source {source.title}")
         if self.masked:
             keep = np.ones(self.needed, np.uint8) if part.mask is None else (crop(part.mask) != 0).astype(np.uint8)
             if part.ignore is not None:
@@ -333,6 +339,9 @@ def _open_volumes(source: Source) -> dict[str, Volume]:
         spec = getattr(source, what)
         if spec is None:
             continue
+        if isinstance(spec, tuple):
+            volumes[what] = open_classes(spec, source.voxel_size)
+            continue
         volume = open_volume(spec, voxel_size=source.voxel_size).require_axes("zyx")
         if what != "raw" and volume.dtype.kind not in "iub":
             raise UserError(f"source {source.title}: {what} {spec} has dtype {volume.dtype}, expected integers")
@@ -376,6 +385,8 @@ def _open_parts(sources: Sequence[Source], cache_bytes: int) -> list[_Part]:
         for what, volume in volumes.items():
             if whole:
                 array = check_finite(volume[...], volume.spec)
+                if what == "labels" and source.label_values:
+                    check_values(array, source.label_values, f"source {source.title}")
                 arrays[what] = as_int32_ids(array) if what == "labels" else array
             else:
                 arrays[what] = _Unheld(volume, int(left * volume.nbytes / unheld))
