@@ -155,12 +155,7 @@ def validate(config: Config) -> None:
             f"sam4em: model.classes {config.model.classes}, but {len(config.classes)} classes are listed "
             f"({', '.join(c.name for c in config.classes)})"
         )
-    names = [c.name for c in config.classes]
-    values = [value for c in config.classes for value in c.labels]
-    if len(set(names)) < len(names) or len(set(values)) < len(values) or min(values, default=1) < 1:
-        raise UserError(f"sam4em: classes {config.classes}: expected different names and different label values from 1")
-    if len(config.classes) > 1 and any(not c.labels for c in config.classes):
-        raise UserError("sam4em: classes: of several classes each must say its label values")
+    check_classes(config.classes)
     adapters = {"stage1": (True, False), "stage2": (True, True), "frozen": (False, False), "full": (False, False)}
     if config.finetune not in adapters:
         raise UserError(f"sam4em: finetune {config.finetune!r}, expected one of {', '.join(FINETUNE)}")
@@ -181,6 +176,16 @@ def validate(config: Config) -> None:
             raise UserError(f"sam4em: {name} {getattr(config, name)}, expected 0 to 1")
     if config.model.decoders == 1 and config.first_share != 1:
         raise UserError(f"sam4em: first_share {config.first_share}, expected 1 where there is one decoder")
+
+
+def check_classes(classes: tuple[Class, ...]) -> None:
+    """Raises ``UserError`` for classes that cannot be told apart."""
+    names = [c.name for c in classes]
+    values = [value for c in classes for value in c.labels]
+    if not classes or len(set(names)) < len(names) or len(set(values)) < len(values) or min(values, default=1) < 1:
+        raise UserError(f"classes {classes}: expected different names and different label values from 1")
+    if len(classes) > 1 and any(not c.labels for c in classes):
+        raise UserError("classes: of several classes each must say its label values")
 
 
 def build(config: Config, rngs: nnx.Rngs) -> sam4em.SAM4EM:
@@ -390,14 +395,18 @@ def loss(
     found = terms(config, masks, wanted)
     scalars = {name: found[name] for name in ("bce1", "dice1", "bce2", "dice2")}
     probability = jax.nn.sigmoid(masks.result(config.model))
+    return found["total"], scalars | class_overlaps(config, probability, wanted)
+
+
+def class_overlaps(config: Config, probability: jax.Array, wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The IoU of each class in a batch, and ``error``, 1 - their mean; see :func:`loss`."""
     chosen = ((probability >= config.threshold) & (wanted["weights"] > 0)).astype(jnp.float32)
     truth = wanted["masks"] * wanted["weights"]
     axes = tuple(range(truth.ndim - 1))
     overlap = (chosen * truth).sum(axes)
     union = chosen.sum(axes) + truth.sum(axes) - overlap
     iou = jnp.where(union > 0, overlap / jnp.maximum(union, 1), 1.0)
-    scalars |= {f"iou_{c.name}": iou[i] for i, c in enumerate(config.classes)}
-    return found["total"], scalars | {"error": 1 - iou.mean()}
+    return {f"iou_{c.name}": iou[i] for i, c in enumerate(config.classes)} | {"error": 1 - iou.mean()}
 
 
 def predict(config: Config, model: sam4em.SAM4EM, image: jax.Array) -> dict[str, jax.Array]:
