@@ -13,14 +13,14 @@ import dataclasses
 import math
 import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from trainings import machine
 
 from emjax.data.rescale import rescale_image, rescale_labels, rescaled_shape
 from emjax.data.volume import open_volume
@@ -33,6 +33,7 @@ from emjax.metrics.rand import adapted_rand_skimage
 from emjax.models.functional import Collections
 from emjax.postprocess.foreground_multicut import foreground_multicut
 from emjax.systems import segneuron
+from emjax.training.checkpoints import restore_for_inference
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SETS = {"fib25": ("fib25_medulla", (10.0, 10.0, 10.0)), "isbi2012": ("isbi2012_vnc", (50.0, 4.0, 4.0))}
@@ -49,18 +50,6 @@ class Scores:
     @property
     def vi(self) -> float:
         return self.split + self.merge
-
-
-def machine() -> str:
-    """The processor and the number of cores, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}"
 
 
 def score_3d(labels: np.ndarray, segmentation: np.ndarray, mask: np.ndarray | None = None) -> Scores:
@@ -122,6 +111,37 @@ def row(cells: list[str], scores: Scores) -> str:
 HEADER = "VI split | VI merge | VI | adapted Rand error |"
 
 
+TABLE = [f"| run | set | mode | restricted | {HEADER}", "|---" * 8 + "|"]
+
+
+def score_run(name: str, workdir: pathlib.Path, which: str, sets: Sequence[str], rescale: bool = False) -> list[str]:
+    """Rows of one fine-tuned run: every set, 2D and 3D, with and without restriction."""
+    experiment, collections = restore_for_inference(workdir, which)
+    config = experiment.system
+    if not isinstance(config, segneuron.Config):
+        raise UserError(f"--workdir {workdir}: a run of {type(config).__module__}, expected fine-tuned SegNeuron")
+    net, lines = network(config, collections), []
+    for which_set in sets:
+        folder, voxel_size = SETS[which_set]
+        spec = f"{os.environ.get('EMJAX_DATA', '../shared/data')}/{folder}/val.h5"
+        image, labels = (np.asarray(open_volume(f"{spec}:{part}")[:, :, :]) for part in ("raw", "labels"))
+        mask = None
+        if which_set == "fib25":
+            mask = np.asarray(open_volume(f"{spec}:ignore_mask")[:, :, :]) == 0
+        seen = image
+        if rescale:
+            seen, line = fit_domain(image, voxel_size)
+            print(f"{which_set}: {line}")
+        outputs = predict(seen, net, "centred", config.plan.stride)
+        found = segmentations(outputs, config.segmentation, labels.shape, (True, False))
+        for (mode, restrict), segmentation in found.items():
+            measure = score_2d if mode == "2d" else score_3d
+            cells = [name, which_set, mode, "yes" if restrict else "no"]
+            lines.append(row(cells, measure(labels, segmentation, mask)))
+            print(lines[-1], flush=True)
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", action="append", required=True, help="of a fine-tuning run; may be repeated")
@@ -130,35 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rescale", action="store_true", help="bring volumes to 5 to 10 nm first, labels back after")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "segneuron_local.md")
     options = parser.parse_args(arguments)
-    from emjax.training.checkpoints import restore_for_inference
-
-    data = os.environ.get("EMJAX_DATA", "../shared/data")
-    lines = [f"| run | set | mode | restricted | {HEADER}", "|---" * 8 + "|"]
+    lines = list(TABLE)
     start = time.monotonic()
     for workdir in options.workdir:
-        experiment, collections = restore_for_inference(pathlib.Path(workdir), options.which)
-        config = experiment.system
-        if not isinstance(config, segneuron.Config):
-            raise UserError(f"--workdir {workdir}: a run of {type(config).__module__}, expected fine-tuned SegNeuron")
-        net = network(config, collections)
-        for name in options.set or sorted(SETS):
-            folder, voxel_size = SETS[name]
-            spec = f"{data}/{folder}/val.h5"
-            image, labels = (np.asarray(open_volume(f"{spec}:{part}")[:, :, :]) for part in ("raw", "labels"))
-            mask = None
-            if name == "fib25":
-                mask = np.asarray(open_volume(f"{spec}:ignore_mask")[:, :, :]) == 0
-            seen = image
-            if options.rescale:
-                seen, line = fit_domain(image, voxel_size)
-                print(f"{name}: {line}")
-            outputs = predict(seen, net, "centred", config.plan.stride)
-            found = segmentations(outputs, config.segmentation, labels.shape, (True, False))
-            for (mode, restrict), segmentation in found.items():
-                measure = score_2d if mode == "2d" else score_3d
-                cells = [pathlib.Path(workdir).name, name, mode, "yes" if restrict else "no"]
-                lines.append(row(cells, measure(labels, segmentation, mask)))
-                print(lines[-1])
+        place = pathlib.Path(workdir)
+        lines += score_run(place.name, place, options.which, options.set or sorted(SETS), options.rescale)
     command = shlex.join(["python", "eval/segneuron.py", *(sys.argv[1:] if arguments is None else arguments)])
     options.output.parent.mkdir(exist_ok=True)
     options.output.write_text(

@@ -7,7 +7,8 @@
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; published scores in
 docs/segneuron.md, not trained by us), "local" (the same network on fib25_medulla and isbi2012_vnc, mixed with each
-other), "cpu" (local data, narrow network, batch 1), "debug" (a minute, for a look at the machinery).
+other), "cpu" (local data, narrow network, small crops, batch 1: minutes), "debug" (for a look at the machinery). ``python
+eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
 Ablations: ``--config.system.mixing.frequency_p=0``, ``--config.system.mixing.spatial_p=0``,
 ``--config.system.segmentation.restrict=False``; the published code's slips: ``--config.system.mixing.reference=True``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -16,7 +17,7 @@ Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
 import dataclasses
 import os
 
-from emjax.config import Data, Experiment, Optimizer, Train, variant_error
+from emjax.config import Data, Experiment, Mesh, Optimizer, Train, variant_error
 from emjax.data import emneuron
 from emjax.data.augment import Blur, Cutout, ElasticGrid, FlipTranspose, GaussianNoise, Grayscale
 from emjax.data.mixing import Mixing
@@ -28,6 +29,7 @@ DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 EMNEURON = os.environ.get("EMNEURON", "../emneuron")
 CROP = (20, 128, 128)
 LOCAL_CROP = (16, 128, 128)
+CPU_CROP = (16, 64, 64)
 LOCAL_PLAN = dataclasses.replace(segneuron.PLAN, size=LOCAL_CROP, stride=(8, 64, 64))
 
 # In the published order; elastic deformation is decided twice, a quarter times a half.
@@ -112,10 +114,17 @@ def get_config(variant: str = "") -> Experiment:
         return local
     cpu = dataclasses.replace(
         local,
-        system=dataclasses.replace(local.system, model=mnet.Config(widths=(8, 12, 16, 24, 32))),
-        data=dataclasses.replace(local.data, batch_size=1, threads=1, validation_batches=4),
-        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=2_000),
-        train=Train(steps=2_000, log_every=10, validate_every=500, save_every=100),
+        system=dataclasses.replace(
+            local.system,
+            model=mnet.Config(widths=(6, 8, 12, 16, 24)),
+            # The published 70 of 128 pixels.
+            mixing=Mixing(square=35),
+            plan=dataclasses.replace(LOCAL_PLAN, size=CPU_CROP, stride=(12, 48, 48)),
+        ),
+        data=dataclasses.replace(local.data, crop=CPU_CROP, batch_size=1, threads=1, validation_batches=4),
+        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=400),
+        train=Train(steps=400, log_every=20, validate_every=100, save_every=50, overlays=0),
+        mesh=Mesh(cpu_devices=1),
     )
     if variant == "cpu":
         return cpu

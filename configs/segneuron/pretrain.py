@@ -5,8 +5,8 @@
     python -m emjax.train --config configs/segneuron/pretrain.py:cpu --workdir runs/segneuron_pretrain_cpu
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; not trained by us),
-"local" (the same network on every raw volume of the small public crops), "cpu" (local data, narrow network, batch 1;
-goes with finetune.py:cpu), "debug" (a minute).
+"local" (the same network on every raw volume of the small public crops), "cpu" (local data, narrow network, small crops,
+batch 1: minutes; goes with finetune.py:cpu), "debug" (for a look at the machinery).
 Ablations of the paper: ``--config.system.fill=zero``, ``--config.system.fill=mean``,
 ``--config.system.blocks="((4,8,8),)"`` (one scale), ``--config.system.hog_weight=0``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -15,7 +15,7 @@ Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
 import dataclasses
 import os
 
-from emjax.config import Data, Experiment, Optimizer, Train, variant_error
+from emjax.config import Data, Experiment, Mesh, Optimizer, Train, variant_error
 from emjax.data import emneuron
 from emjax.data.augment import FlipTranspose
 from emjax.data.pipeline import Source
@@ -26,6 +26,7 @@ DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 EMNEURON = os.environ.get("EMNEURON", "../emneuron")
 CROP = (20, 128, 128)
 LOCAL_CROP = (16, 128, 128)
+CPU_CROP = (16, 64, 64)
 
 # Held out for validation: its grey values only.
 HELD_OUT = ("fib25_medulla/val", (10.0, 10.0, 10.0))
@@ -99,10 +100,15 @@ def get_config(variant: str = "") -> Experiment:
         return local
     cpu = dataclasses.replace(
         local,
-        system=dataclasses.replace(local.system, model=mnet.pretraining(mnet.Config(widths=(8, 12, 16, 24, 32)))),
-        data=dataclasses.replace(local.data, batch_size=1, threads=1, validation_batches=4),
-        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=2_000),
-        train=Train(steps=2_000, log_every=10, validate_every=500, save_every=100, overlays=0),
+        system=dataclasses.replace(
+            local.system,
+            model=mnet.pretraining(mnet.Config(widths=(6, 8, 12, 16, 24))),
+            plan=dataclasses.replace(local.system.plan, size=CPU_CROP, stride=(8, 32, 32)),
+        ),
+        data=dataclasses.replace(local.data, crop=CPU_CROP, batch_size=1, threads=1, validation_batches=4),
+        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=400),
+        train=Train(steps=400, log_every=20, validate_every=100, save_every=50, overlays=0),
+        mesh=Mesh(cpu_devices=1),
     )
     if variant == "cpu":
         return cpu
