@@ -3,10 +3,16 @@
 import importlib
 import json
 
+import h5py
 import numpy as np
 import pytest
 
+from emjax.errors import UserError
+from emjax.metrics import score
+
 evaluation = importlib.import_module("eval.fgnet")
+ac3 = importlib.import_module("eval.fgnet_ac3")
+cremi = importlib.import_module("eval.fgnet_cremi")
 
 
 def toy() -> "evaluation.Truth":
@@ -94,3 +100,26 @@ def test_report_and_verdict_of_made_up_runs(tmp_path):
     assert "| A4 below A2 | not run | |" in text
     assert "0.700 ± 0.000" in text
     assert "No row has been run" in evaluation.report(tmp_path / "A0_0")
+
+
+def test_recipes_of_the_ac3_protocol():
+    truth = toy()
+    affinities = np.where(truth.affinities, 255, 0).astype(np.uint8)
+    found = ac3.recipes(affinities, 1)
+    assert sorted(found) == ["multicut", "watershed and agglomeration"] == sorted(ac3.PUBLISHED)
+    scores = score(found["watershed and agglomeration"], truth.labels)
+    # The recipe makes fragments of every section; perfect ones join along z.
+    assert scores.voi_sum < 0.5
+    assert "SuperHuman" in ac3.table("multicut", scores, ac3.PUBLISHED["multicut"])
+
+
+def test_cremi_ground_truth_is_of_the_last_sections_without_the_unlabelled(tmp_path):
+    labels = np.arange(125, dtype=np.uint64)[:, None, None] * np.ones((1, 4, 4), np.uint64)
+    labels[110] = cremi.IGNORED
+    with h5py.File(tmp_path / "sample_A_20160501.hdf", "w") as file:
+        file["volumes/labels/neuron_ids"] = labels
+    found = cremi.truth_of(str(tmp_path / "sample_A_20160501.hdf"))
+    assert found.shape == (25, 4, 4)
+    assert (found[:, 0, 0] == [0 if z == 110 else z for z in range(100, 125)]).all()
+    with pytest.raises(UserError, match=r"sample_B_20160501\.hdf is not there"):
+        cremi.main(["--checkpoint", "none", "--data", str(tmp_path), "--samples", "AB"])

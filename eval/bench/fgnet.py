@@ -73,7 +73,8 @@ def step(config: Experiment, repeats: int) -> tuple[float, float, float]:
     on_devices = sharding.to_devices(batch, compiled.batch_shardings, config.data.batch_size)
     everywhere = jax.sharding.NamedSharding(compiled.mesh, jax.sharding.PartitionSpec())
     key = jax.device_put(jax.random.key(0), everywhere)
-    state = jax.device_put(with_parameters(config, variables(config)), compiled.shardings)
+    begin = jax.jit(lambda given: with_parameters(config, given), out_shardings=compiled.shardings)
+    state = begin(variables(config))
 
     def call() -> object:
         nonlocal state
