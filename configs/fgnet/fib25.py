@@ -29,7 +29,7 @@ from emjax.systems.protocol import Block
 DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 PRIOR = os.environ.get("EM_PRIOR", "runs/em_prior_nano")
 VOXEL_SIZE = (10.0, 10.0, 10.0)
-CROP, CPU_CROP = (32, 128, 128), (16, 128, 128)
+CROP, CPU_CROP = (32, 128, 128), (16, 96, 96)
 WARMUP = 1000
 """Steps for which SAM 2 is held before it is fine-tuned."""
 
@@ -45,17 +45,17 @@ FULL = FGNetConfig(
 WIDE = (40, 52, 72, 92, 120)
 SMALL = FGNetConfig(
     fine=UNetConfig(
-        widths=(16, 24, 32, 48),
+        widths=(12, 20, 28, 40),
         pools=((1, 2, 2), (2, 2, 2), (2, 2, 2)),
         kernels=((3, 3, 3),) * 4,
         patch=(2, 2, 2),
         padding="replicate",
     ),
     guided=(4, 8, 16),
-    context=64,
+    context=48,
     thickness=4,
 )
-SMALL_WIDE = (24, 36, 48, 72)
+SMALL_WIDE = (18, 30, 42, 60)
 
 
 def _source(name: str, pad: int = 0) -> Source:
@@ -117,7 +117,7 @@ def get_config(variant: str = "") -> Experiment:
             model=SMALL,
             encoder=fgnet.Encoder(size="nano", features=64, remat=False),
             encoder_checkpoint="",
-            plan=Block(size=CPU_CROP, stride=(8, 64, 64), blending="gaussian", sigma=0.2),
+            plan=Block(size=CPU_CROP, stride=(8, 48, 48), blending="gaussian", sigma=0.2),
         ),
         data=dataclasses.replace(
             full.data,
