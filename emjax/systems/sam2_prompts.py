@@ -61,14 +61,23 @@ def _array(entry: Mapping[str, Any], key: str, width: int, where: str) -> np.nda
     return found.reshape(-1, width)
 
 
-def _mask_of_layer(spec: str, z: int, number: int | None, shape: tuple[int, int]) -> Callable[[], np.ndarray]:
+def _mask_of_layer(spec: str, z: int, number: int | None) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         plane = open_volume(spec)[z]
-        if plane.shape != shape:
-            raise UserError(f"mask {spec} has slices of {plane.shape}; the stack's are {shape}")
         return plane != 0 if number is None else plane == number
 
     return read
+
+
+def _checked_mask(spec: str, z: int, number: int | None, shape: tuple[int, int, int], where: str) -> Callable:
+    """A mask of a layer, once it is known to be there and not empty."""
+    layer = open_volume(spec).require_axes("zyx")
+    if layer.shape != tuple(shape):
+        raise UserError(f"{where}: mask {spec} is {layer.shape}; the stack is {tuple(shape)}")
+    mask = _mask_of_layer(spec, z, number)
+    if 0 <= z < shape[0] and not mask().any():
+        raise UserError(f"{where}: mask {spec} has no pixel{'' if number is None else f' of id {number}'} on slice {z}")
+    return mask
 
 
 def _from_entry(entry: Any, place: str, shape: tuple[int, int, int]) -> Prompt:
@@ -87,7 +96,7 @@ def _from_entry(entry: Any, place: str, shape: tuple[int, int, int]) -> Prompt:
         raise UserError(f"{place} has {len(box)} boxes; expected one: row, column, row, column")
     mask = None
     if "mask" in entry:
-        mask = _mask_of_layer(str(entry["mask"]), entry["z"], entry.get("id"), shape[1:])
+        mask = _checked_mask(str(entry["mask"]), entry["z"], entry.get("id"), shape, place)
     return Prompt(entry["object"], entry["z"], points, labels, box[0] if len(box) else None, mask)
 
 
@@ -134,7 +143,7 @@ def from_layer(spec: str, shape: tuple[int, int, int], slices: Sequence[int] = (
                 areas.setdefault(number, {})[z] = count
     chosen = {number: list(found) if slices else [max(found, key=found.__getitem__)] for number, found in areas.items()}
     places = [(number, z) for number in sorted(chosen) for z in chosen[number]]
-    prompts = [Prompt(number, z, mask=_mask_of_layer(spec, z, number, shape[1:])) for number, z in places]
+    prompts = [Prompt(number, z, mask=_mask_of_layer(spec, z, number)) for number, z in places]
     where = f"slices {list(slices)}" if slices else "all slices"
     check_prompts(prompts, shape, f"label layer {spec} ({where}, parts of at least {least} pixels)")
     return prompts

@@ -141,9 +141,9 @@ def points_for_network(
     points, labels = np.reshape(points, (-1, 2)).astype(np.float32), np.reshape(labels, -1).astype(np.int32)
     if box is not None:
         points = np.concatenate([np.reshape(box, (2, 2)).astype(np.float32), points])
-        labels = np.concatenate([np.int32([2, 3]), labels])
-    unit = points[:, ::-1] / np.float32([given[1], given[0]])
-    return (unit * np.float32([size[1], size[0]]))[None], labels[None]
+        labels = np.concatenate([np.asarray([2, 3], np.int32), labels])
+    unit = points[:, ::-1] / np.asarray(given[::-1], np.float32)
+    return (unit * np.asarray(size[::-1], np.float32))[None], labels[None]
 
 
 def mask_for_network(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -197,9 +197,9 @@ class ImagePredictor:
             raise UserError("no prompt is given; expected points, a box, or a mask")
         given: tuple[Any, Any] = (None, None)
         if points is not None or box is not None:
-            empty = np.zeros((0, 2)), np.zeros(0)
-            chosen = empty if points is None else (points, labels)
-            given = points_for_network(*chosen, box, self.size, self.shape)
+            clicks = np.zeros((0, 2)) if points is None else np.asarray(points)
+            marks = np.ones(len(clicks)) if labels is None else np.asarray(labels)
+            given = points_for_network(clicks, marks, box, self.size, self.shape)
         heads = self._predict[several](self.features, *given, None if mask is None else jnp.asarray(mask)[None])
         logits = resize(heads.candidates[0], self.shape, axes=(-2, -1))
         return np.asarray(logits), np.asarray(heads.ious[0]), np.clip(np.asarray(heads.candidates[0]), -32, 32)
@@ -246,7 +246,7 @@ class _Trail:
             np.asarray(record.features).astype(ml_dtypes.bfloat16),
             np.asarray(record.low, np.float32),
             np.asarray(record.pointer, np.float32),
-            np.float32([record.score, record.iou]),
+            np.asarray([record.score, record.iou], np.float32),
         ]
         os.pwrite(self._file, b"".join(part.tobytes() for part in parts), z * sum(self._sizes))
         self.slices.add(z)
@@ -310,7 +310,7 @@ class Session:
         self._read = read
         self._objects: dict[int, _Object] = {}
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="emjax-session-")
-        self._folder = pathlib.Path(folder or self._temporary.name)
+        self._folder = pathlib.Path(self._temporary.name if self._temporary else str(folder))
         self._last: tuple[int, Features] | None = None
 
     def close(self) -> None:
@@ -400,8 +400,8 @@ class Session:
         if keep_points and z in one.points:
             given = tuple(np.concatenate(pair, axis=1) for pair in zip(one.points[z], given))  # type: ignore[assignment]
         one.points[z] = given
-        features, previous = self._features(z), self._known(one, z)
-        previous = None if previous is None else jnp.asarray(previous)[None]
+        features, known = self._features(z), self._known(one, z)
+        previous = None if known is None else jnp.asarray(known)[None]
         if z in one.direction:
             memory = self._memory([number], z, one.direction[z])
             heads = self.network.correct(features, *given, previous, memory, z, one.direction[z], self.slices)
@@ -441,7 +441,8 @@ class Session:
             for z, (heads, conditioning) in one.pending.items():
                 made = self.network.remember_prompted(self._features(z), heads)
                 record = Record(
-                    *(np.asarray(x[0]) for x in (heads.low, made.pointer)),
+                    np.asarray(heads.low[0]),
+                    np.asarray(made.pointer[0]),
                     float(made.score[0]),
                     float(made.iou[0]),
                     np.asarray(made.features[0].astype(self.network.options.memory_dtype)),
@@ -475,7 +476,7 @@ class Session:
         everywhere = np.full(len(numbers), start, np.int32)
         for z in range(start, end + direction, direction):
             memory, found = self.network.propagate(
-                memory, self._features(z), np.int32([z]), everywhere, direction, self.slices, keep=True
+                memory, self._features(z), np.asarray([z], np.int32), everywhere, direction, self.slices, keep=True
             )
             for row, number in enumerate(numbers):
                 one = self._objects[number]

@@ -49,7 +49,7 @@ class Config:
     Attributes:
         checkpoint: SAM 2 weights, official, Hugging Face, safetensors or Orbax; "" draws random ones from ``seed``,
             whose masks mean nothing.
-        size, version: of the random network; a checkpoint says its own.
+        size, version: of the network; "" takes the checkpoint's, or tiny 2.1 of a random one.
         seed: of random weights.
         dtype: of activations, "float32" or "bfloat16".
         prompts: JSON file, or a volume of labels whose objects are followed.
@@ -66,8 +66,8 @@ class Config:
     """
 
     checkpoint: str = ""
-    size: Literal["tiny", "small", "base_plus", "large"] = "tiny"
-    version: Literal["2.0", "2.1"] = "2.1"
+    size: Literal["", "tiny", "small", "base_plus", "large"] = ""
+    version: Literal["", "2.0", "2.1"] = ""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompts: str = ""
@@ -96,7 +96,11 @@ def validate(config: Config) -> None:
 
 def build(config: Config, rngs: nnx.Rngs) -> SAM2:
     """The network that the configuration names (of a checkpoint: :func:`network`)."""
-    return SAM2(sam2_config(config.size, config.version, dtype=config.dtype), rngs)
+    return SAM2(_sizes(config), rngs)
+
+
+def _sizes(config: Config) -> SAM2Config:
+    return sam2_config(config.size or "tiny", config.version or "2.1", dtype=config.dtype)
 
 
 def network(config: Config, collections: Collections | None = None) -> Network:
@@ -105,15 +109,19 @@ def network(config: Config, collections: Collections | None = None) -> Network:
     Raises ``UserError`` for a checkpoint that is not wholly a SAM 2.
     """
     if collections is not None:
-        return Network(sam2_config(config.size, config.version, dtype=config.dtype), collections, config.tracking)
+        return Network(_sizes(config), collections, config.tracking)
     if config.checkpoint:
         checkpoint = read_checkpoint(config.checkpoint, [FAMILY])
+        for name in ("size", "version"):
+            asked, found = getattr(config, name), checkpoint.settings[name]
+            if asked and asked != found:
+                raise UserError(f"{config.checkpoint} is of {name} {found}, but {name}={asked} is asked for")
         made: SAM2Config = config_of(checkpoint.settings, dtype=config.dtype)
         if made.image_only:
             raise UserError(f"{config.checkpoint} is for single images only: it has no memory, which a stack needs")
         return Network(made, jax.tree.map(jnp.asarray, checkpoint.collections), config.tracking)
     log.warning("no checkpoint is given: the weights are random and the masks mean nothing")
-    made = sam2_config(config.size, config.version, dtype=config.dtype)
+    made = _sizes(config)
     # Not compiled as a whole: hundreds of random draws in one program take minutes to compile.
     variables = initialise(lambda rngs: SAM2(made, rngs), jax.random.key(config.seed))
     return Network(made, variables, config.tracking)
@@ -240,7 +248,7 @@ class Tracker:
         spare = padded_count(len(prompts)) - len(prompts)
         filled = [*prompts, *[prompts[-1]] * spare]
         if kind == "mask":
-            masks = np.stack([self.frame.mask(prompt.mask()) for prompt in filled])
+            masks = np.stack([self.frame.mask(prompt.mask()) for prompt in filled if prompt.mask])
             heads = self.net.take_mask(features, jnp.asarray(masks))
         else:
             given = [points_for_network(p.points, p.labels, p.box, self.frame.size, self.frame.extent) for p in filled]

@@ -1,18 +1,20 @@
 """Speed and memory of SAM 2, beside the PyTorch implementation of transformers where it is installed.
 
     python eval/bench/sam2.py                                        # tiny at 256 x 256, encoder, on this machine
+    python eval/bench/sam2.py --threads 1                            # on one core, both
     python eval/bench/sam2.py --sizes tiny small base_plus large --pixels 256 512 --track
     python eval/bench/sam2.py --dtype bfloat16 --pixels 1024 --batch 8      # on a GPU
     python eval/bench/sam2.py --lengths 4 4000                              # peak memory against the stack's length
 
-Prints per size: slices per second, achieved floating-point operations per second, peak memory, and the ratio to PyTorch
-(its time over ours; above 1 is faster than PyTorch). Both run in turns in one process with random weights; the smallest
-of the repeats counts: wall time on an accelerator, and on a CPU the processor time of all threads, which bears a shared
-machine. PyTorch then has one thread, because its waiting threads use processor time. Peak memory is that of a process
-of its own.
+Prints per size: slices per second, achieved floating-point operations per second (of the trunk), peak memory, and
+PyTorch's time over ours (above 1 is faster than PyTorch). Both run in turns in one process with random weights of the
+same shapes, on the same cores and with as many threads as cores; the smallest of the repeats counts, of wall time and,
+on a CPU, of the processor time of all threads, which bears a shared machine better. Peak memory is that of a process of
+its own.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,13 +22,18 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from emjax.models.functional import define, initialise
+from emjax.data.volume import Volume
+from emjax.inference.segmentation import Places
+from emjax.inference.streaming import Run, stream
+from emjax.models.functional import Collections, Definition, define, initialise
 from emjax.models.sam2.config import SIZES, HieraConfig, sam2_config
 from emjax.models.sam2.model import SAM2, Features
 from emjax.models.sam2.stack import (
@@ -38,6 +45,7 @@ from emjax.models.sam2.stack import (
     propagate,
     remembered,
 )
+from emjax.systems import sam2_stack
 
 
 def trunk_operations(config: HieraConfig, height: int, width: int) -> float:
@@ -65,26 +73,32 @@ def trunk_operations(config: HieraConfig, height: int, width: int) -> float:
     return float(total)
 
 
-def clock() -> float:
-    """Processor seconds of all threads on a CPU, wall seconds on an accelerator."""
-    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
-
-
-def in_turns(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The smallest time of each run, taken in turns after one warm-up each."""
+def in_turns(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+    """The smallest wall and processor seconds of each run, taken in turns after one warm-up each."""
     for run in runs.values():
         run()
-    best = dict.fromkeys(runs, float("inf"))
+    best = dict.fromkeys(runs, (float("inf"), float("inf")))
     for _ in range(repeats):
         for name, run in runs.items():
-            start = clock()
+            wall, processor = time.perf_counter(), time.process_time()
             run()
-            best[name] = min(best[name], clock() - start)
+            taken = time.perf_counter() - wall, time.process_time() - processor
+            best[name] = min(best[name][0], taken[0]), min(best[name][1], taken[1])
     return best
 
 
-def ours(size: str, pixels: int, batch: int, dtype: str):
-    """(compiled encoder, its variables, images) of a network with random weights."""
+def limit_cores(count: int) -> int:
+    """Leaves this process ``count`` cores (0: all), before any thread pool is made; returns how many it has."""
+    if not hasattr(os, "sched_setaffinity"):
+        return os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
+    if count:
+        os.sched_setaffinity(0, cores[-count:])
+    return len(os.sched_getaffinity(0))
+
+
+def ours(size: str, pixels: int, batch: int, dtype: str) -> tuple[Definition, Collections, jax.Array, Callable]:
+    """(definition, variables, images, compiled encoder) of a network with random weights."""
     config = sam2_config(size, dtype=dtype)
     definition = define(lambda rngs: SAM2(config, rngs))
     variables = initialise(lambda rngs: SAM2(config, rngs), jax.random.key(0))
@@ -93,7 +107,7 @@ def ours(size: str, pixels: int, batch: int, dtype: str):
     return definition, variables, images, encode
 
 
-def torch_encoder(size: str, pixels: int, batch: int, dtype: str) -> Callable[[], None] | None:
+def torch_encoder(size: str, pixels: int, batch: int, dtype: str, threads: int) -> Callable[[], None] | None:
     """A run of transformers' vision encoder with the same sizes, or None where it is not installed."""
     try:
         import torch
@@ -118,8 +132,7 @@ def torch_encoder(size: str, pixels: int, batch: int, dtype: str) -> Callable[[]
         backbone_channel_list=list(reversed(hiera.widths)),
         backbone_feature_sizes=[[grid, grid], [grid // 2, grid // 2], [grid // 4, grid // 4]],
     )
-    if jax.default_backend() == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     torch.manual_seed(0)
     model = Sam2Model(Sam2Config(vision_config=vision)).vision_encoder
@@ -175,34 +188,51 @@ def tracking(size: str, pixels: int, dtype: str, objects: int, repeats: int, sli
         return propagate(model, options, memory, features, order, first, FORWARD, slices + 1)[1].low
 
     times = in_turns({"ours": lambda: jax.block_until_ready(run(variables, memory, features))}, repeats)
-    return slices / times["ours"]
+    return slices / times["ours"][0]
 
 
-def stack_of(length: int, pixels: int = 64) -> None:
-    """Tracks one object through a stack of noise, made slice by slice, and prints the peak memory in MiB."""
-    from emjax.systems.sam2_prompts import Prompt
-    from emjax.systems.sam2_stack import Config, Tracker, network
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """A stack of noise that is made when it is read."""
 
-    config = Config(input_size=(pixels, pixels), batch=4, objects=1)
+    shape: tuple[int, int, int]
+    dtype: np.dtype = np.dtype(np.uint8)
+    chunks: None = None
+    shards: None = None
 
-    def read(first: int, end: int) -> np.ndarray:
-        return np.stack(
-            [np.random.default_rng(z).integers(0, 256, (pixels, pixels), np.uint8) for z in range(first, end)]
-        )
+    def read(self, box: tuple[slice, ...]) -> np.ndarray:
+        slices = [
+            np.random.default_rng(z).integers(0, 256, self.shape[1:], np.uint8)
+            for z in range(*box[0].indices(self.shape[0]))
+        ]
+        return np.stack(slices)[:, box[1], box[2]]
 
-    points = np.float32([[pixels / 2, pixels / 2]]), np.int32([1])
-    tracker = Tracker(config, network(config), read, (length, pixels, pixels), [Prompt(1, length // 2, *points)])
-    start = time.process_time()
-    tracker.labels(lambda z, labels: None)
-    seconds = time.process_time() - start
+    def write(self, box: tuple[slice, ...], array: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+def stack_of(length: int, pixels: int) -> None:
+    """Tracks two objects through a stack, as ``emjax.segment`` does, and prints CPU seconds and the peak in MiB."""
+    image = Volume(f"noise of {length} slices", Noise((length, pixels, pixels)), "zyx", (40.0, 4.0, 4.0))
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = pathlib.Path(folder, "prompts.json")
+        middle = [[pixels // 2, pixels // 2]]
+        given = [{"object": i, "z": i * length // 4, "points": middle} for i in (1, 3)]
+        prompts.write_text(json.dumps({"prompts": given}))
+        config = sam2_stack.Config(input_size=(pixels, pixels), objects=2, prompts=str(prompts))
+        streaming = sam2_stack.segment_volume(config, None, image)
+        start = time.process_time()
+        run = Run(streaming, image, Places(f"{folder}/labels.zarr"), {"length": length})
+        stream(run, say=lambda text: print(text, file=sys.stderr))
+        seconds = time.process_time() - start
     print(f"{seconds:.1f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 
-def lengths(chosen: list[int]) -> None:
-    print(f"{machine()}; tiny at 64 x 64, one object prompted in the middle, both ways")
+def lengths(chosen: list[int], pixels: int) -> None:
+    print(f"{machine()}; tiny at {pixels} x {pixels}, two objects, both ways, written to Zarr")
     for length in chosen:
-        command = [sys.executable, __file__, "--stack", str(length)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        command = [sys.executable, __file__, "--pixels", str(pixels), "--stack", str(length)]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
         print(f"{length:6} slices: peak {float(found[-1]):6.0f} MiB, {float(found[-2]):8.1f} CPU seconds", flush=True)
 
 
@@ -224,41 +254,50 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--track", action="store_true", help="also time the propagation")
     parser.add_argument("--objects", type=int, default=1, help="objects tracked at once")
+    parser.add_argument("--threads", type=int, default=0, help="cores and threads of both (default: all)")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--peak", nargs=4, metavar=("SIZE", "PIXELS", "BATCH", "DTYPE"), help=argparse.SUPPRESS)
     parser.add_argument("--lengths", nargs="+", type=int, help="peak memory of stacks of so many slices, nothing else")
     parser.add_argument("--stack", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    threads = limit_cores(options.threads)
     if options.stack:
-        stack_of(options.stack)
+        stack_of(options.stack, options.pixels[0])
         return
     if options.lengths:
-        lengths(options.lengths)
+        lengths(options.lengths, options.pixels[0])
         return
     if options.peak:
         size, pixels, batch, dtype = options.peak
         one_encoding(size, int(pixels), int(batch), dtype)
         return
-    unit = "CPU" if jax.default_backend() == "cpu" else "wall"
-    print(f"{machine()}; {options.dtype}; batch {options.batch}; {unit} seconds, best of {options.repeats}")
+    print(f"{machine()}; {threads} threads; {options.dtype}; batch {options.batch}; best of {options.repeats}")
     print(
-        f"{'size':10} {'pixels':>6} {'slices/s':>9} {'GFLOP/s':>9} {'peak MiB':>9} {'PyTorch/ours':>13} {'track/s':>8}"
+        f"{'size':10} {'pixels':>6} {'slices/s':>9} {'GFLOP/s':>9} {'peak MiB':>9} {'wall ms':>8} {'CPU ms':>8} "
+        f"{'PyTorch wall':>13} {'CPU':>8} {'ratio wall':>11} {'CPU':>6} {'track/s':>8}"
     )
     rows = []
     for size in options.sizes:
         for pixels in options.pixels:
             _, variables, images, encode = ours(size, pixels, options.batch, options.dtype)
             runs = {"ours": lambda e=encode, v=variables, i=images: jax.block_until_ready(e(v, i))}
-            theirs = torch_encoder(size, pixels, options.batch, options.dtype)
+            theirs = torch_encoder(size, pixels, options.batch, options.dtype, threads)
             times = in_turns(runs | ({"torch": theirs} if theirs else {}), options.repeats)
-            seconds = times["ours"] / options.batch
+            wall, processor = times["ours"]
+            their_wall, their_processor = times.get("torch", (float("nan"), float("nan")))
+            operations = trunk_operations(sam2_config(size).hiera, pixels, pixels) * options.batch
             row = {
                 "size": size,
                 "pixels": pixels,
-                "slices_per_s": 1 / seconds,
-                "gflop_per_s": trunk_operations(sam2_config(size).hiera, pixels, pixels) / seconds / 1e9,
+                "slices_per_s": options.batch / wall,
+                "gflop_per_s": operations / wall / 1e9,
                 "peak_mib": peak_memory(size, pixels, options.batch, options.dtype),
-                "ratio": times["torch"] / times["ours"] if theirs else float("nan"),
+                "wall_ms": 1e3 * wall,
+                "cpu_ms": 1e3 * processor,
+                "torch_wall_ms": 1e3 * their_wall,
+                "torch_cpu_ms": 1e3 * their_processor,
+                "ratio_wall": their_wall / wall,
+                "ratio_cpu": their_processor / processor,
                 "track_per_s": float("nan"),
             }
             if options.track:
@@ -266,14 +305,13 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{size:10} {pixels:6} {row['slices_per_s']:9.2f} {row['gflop_per_s']:9.1f} {row['peak_mib']:9.0f} "
-                f"{row['ratio']:13.2f} {row['track_per_s']:8.2f}",
+                f"{row['wall_ms']:8.0f} {row['cpu_ms']:8.0f} {row['torch_wall_ms']:13.0f} {row['torch_cpu_ms']:8.0f} "
+                f"{row['ratio_wall']:11.2f} {row['ratio_cpu']:6.2f} {row['track_per_s']:8.2f}",
                 flush=True,
             )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(
-                {"machine": machine(), "dtype": options.dtype, "batch": options.batch, "rows": rows}, file, indent=1
-            )
+        content = {"machine": machine(), "threads": threads, "dtype": options.dtype, "batch": options.batch}
+        pathlib.Path(options.json).write_text(json.dumps(content | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

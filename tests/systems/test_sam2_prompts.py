@@ -84,6 +84,22 @@ def test_objects_of_a_layer(layer):
     assert [(p.number, p.z) for p in from_layer(layer, SHAPE, (1, 3))] == [(7, 1), (7, 3)]
 
 
+def test_masks_of_a_layer(tmp_path, layer):
+    entry = {"object": 3, "z": 2, "mask": layer, "id": 9}
+    (prompt,) = read_json(write(tmp_path / "p.json", [entry]), SHAPE)
+    assert int(prompt.mask().sum()) == 300
+    for change, message in (
+        ({"id": 7}, "prompt 0: mask .* has no pixel of id 7 on slice 2"),
+        ({"z": 5}, "slice 5; the stack has slices 0 to 4"),
+        ({"points": [[1, 2]]}, "has a mask and points"),
+        ({"mask": str(tmp_path / "none.h5")}, "none.h5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_json(write(tmp_path / "p.json", [entry | change]), SHAPE)
+    with pytest.raises(UserError, match=r"is \(5, 40, 60\); the stack is \(5, 40, 61\)"):
+        read_json(write(tmp_path / "p.json", [entry]), (5, 40, 61))
+
+
 def test_wrong_layers(layer):
     with pytest.raises(UserError, match="the stack is"):
         from_layer(layer, (5, 40, 61))

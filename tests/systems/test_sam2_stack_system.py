@@ -1,19 +1,27 @@
 """A stack from prompts to labels with a small network: both ways, groups, pieces, corrections, errors."""
 
 import dataclasses
+import functools
+import pathlib
 
 import numpy as np
 import pytest
-from models.sam2.small_sam2 import network
+from models.sam2 import small_sam2
+from PIL import Image
 
+from emjax import segment
 from emjax.data.volume import open_volume, save_volume
 from emjax.errors import UserError
+from emjax.inference import streaming
 from emjax.models.sam2.stack import BACKWARD
 from emjax.systems import sam2_stack
 from emjax.systems.sam2_prompts import Prompt
 from emjax.systems.sam2_session import ImagePredictor, Session, fill_holes, points_for_network
-from emjax.systems.sam2_stack import Config, Tracker, frame_of, segment_stack, validate
+from emjax.systems.sam2_stack import Config, Tracker, frame_of, validate
+from emjax.weights.files import write_safetensors
 
+# One network, so that its steps are traced once.
+network = functools.cache(small_sam2.network)
 SHAPE = (7, 50, 70)
 GREY = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
 CONFIG = Config(input_size=(64, 64), batch=3, objects=2, holes=0, prompts="unused")
@@ -31,13 +39,20 @@ PROMPTS = [
 ]
 
 
-def labels_of(config, prompts=PROMPTS):
-    tracker = Tracker(config, network(), lambda a, b: GREY[a:b], SHAPE, prompts)
-    found = np.zeros(SHAPE, np.uint32)
+def tracker_of(config, prompts=PROMPTS, grey=GREY):
+    return Tracker(config, network(), lambda a, b: grey[a:b], grey.shape, prompts)
+
+
+def labels_of(config, prompts=PROMPTS, grey=GREY):
+    layers = {"labels": np.zeros(grey.shape, np.uint32)}
+    layers |= {"logit": np.zeros(grey.shape, np.float32), "owner": np.zeros(grey.shape, np.int32)}
     written = []
-    tracker.labels(lambda z, labels: (written.append(z), found.__setitem__(z, labels)))
-    assert sorted(written) == list(range(SHAPE[0]))
-    return found
+    for slab in tracker_of(config, prompts, grey).slabs(layers):
+        for name, z, values in slab.arrays:
+            layers[name][z : z + len(values)] = values
+            written += range(z, z + len(values)) if name == "labels" else []
+    assert sorted(written) == list(range(grey.shape[0]))
+    return layers["labels"]
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +79,114 @@ def test_padded_frames_keep_pixels():
     assert labels_of(dataclasses.replace(CONFIG, input_size=(0, 0))).shape == SHAPE
 
 
-def test_written_volume_and_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(sam2_stack, "network", lambda config: network())
+@pytest.fixture
+def stack(tmp_path, monkeypatch):
+    """A command that follows one object and two masks of a layer through a stored stack."""
+    monkeypatch.setattr(sam2_stack, "network", lambda config, collections: network())
+    layer = np.zeros(SHAPE, np.uint32)
+    layer[1][disc(15, 15)] = 7
     save_volume(tmp_path / "raw.h5", GREY, voxel_size=(40, 4, 4), offset=(80, 0, 0))
-    (tmp_path / "p.json").write_text('{"prompts": [{"object": 3, "z": 1, "points": [[20, 30]]}]}')
-    config = dataclasses.replace(CONFIG, prompts=str(tmp_path / "p.json"), overlays=2)
-    volume = open_volume(tmp_path / "raw.h5")
-    counts = segment_stack(config, volume, str(tmp_path / "out.zarr"), pictures=tmp_path / "pictures")
+    save_volume(tmp_path / "layer.h5", layer, voxel_size=(40, 4, 4))
+    (tmp_path / "p.json").write_text(
+        '{"prompts": [{"object": 3, "z": 4, "points": [[20, 30]]}, '
+        f'{{"object": 5, "z": 1, "mask": "{tmp_path}/layer.h5:main", "id": 7}}]}}'
+    )
+
+    def command(name, *more, source="raw.h5", prompts="p.json"):
+        fields = {"prompts": tmp_path / prompts, "input_size": "(64,64)", "batch": 3, "holes": 0}
+        config = pathlib.Path(__file__).parents[2] / "configs" / "sam2" / "stack.py"
+        given = [f"--config.system.{key}={value}" for key, value in fields.items()]
+        paths = ["--input", str(tmp_path / source), "--output", str(tmp_path / name)]
+        return segment.main(["--config", f"{config}:debug", *given, *paths, *map(str, more)])
+
+    return command
+
+
+def test_command_writes_labels_and_pictures(stack, tmp_path, capsys):
+    assert stack("out.zarr", "--overlays", 2, "--pyramid") == 0
     out = open_volume(tmp_path / "out.zarr")
     assert (out.shape, out.voxel_size, out.offset) == (SHAPE, (40, 4, 4), (80, 0, 0))
-    assert counts == {"3": int((out[...] == 3).sum())}
-    assert len(list((tmp_path / "pictures").iterdir())) == 2
+    assert set(np.unique(out[...])) <= {0, 3, 5}
+    pictures = sorted((tmp_path / "out.overlays").iterdir())
+    assert [path.name for path in pictures] == ["slice_00000.png", "slice_00006.png"]
+    assert Image.open(pictures[0]).size == (70, 50)
+    assert not (tmp_path / "out.work").exists()
+    stack("out.h5", "--overlays", 0)
+    np.testing.assert_array_equal(open_volume(tmp_path / "out.h5")[...], out[...])
+    assert not (tmp_path / "out.overlays" / "x").exists()
+    stack("out.zarr")
+    assert "already finished" in capsys.readouterr().out
+    stack("layer.zarr", prompts="layer.h5")
+    assert set(np.unique(open_volume(tmp_path / "layer.zarr")[...])) <= {0, 7}
 
 
-def test_sixteen_bits_need_a_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(sam2_stack, "network", lambda config: network())
-    save_volume(tmp_path / "raw.h5", GREY.astype(np.uint16) * 100, voxel_size=(40, 4, 4))
-    (tmp_path / "p.json").write_text('{"prompts": [{"object": 3, "z": 1, "points": [[20, 30]]}]}')
-    config = dataclasses.replace(CONFIG, prompts=str(tmp_path / "p.json"))
-    volume = open_volume(tmp_path / "raw.h5")
-    with pytest.raises(UserError, match=r"uint16: SAM 2 needs 8 bits.*--window"):
-        segment_stack(config, volume, str(tmp_path / "out.zarr"))
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_labels(stack, tmp_path, monkeypatch, capsys, after):
+    stack("whole.zarr", "--overlays", 0)
+    monkeypatch.setattr(segment, "Run", functools.partial(streaming.Run, keep_every=-1.0))
+    track, calls = Tracker.track, []
+
+    def killed(self, memories, part, direction):
+        calls.append((part, direction))
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return track(self, memories, part, direction)
+
+    monkeypatch.setattr(Tracker, "track", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stack("out.zarr")
+    with pytest.raises(UserError, match="not finished"):
+        open_volume(tmp_path / "out.zarr")
+    stack("out.zarr")
+    assert f"{after} of 5 slabs were done before" in capsys.readouterr().out
+    assert len(calls) == 5 + 1
+    np.testing.assert_array_equal(open_volume(tmp_path / "out.zarr")[...], open_volume(tmp_path / "whole.zarr")[...])
+
+
+def test_only_the_same_run_goes_on(stack, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tracker, "track", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stack("out.zarr")
+    with pytest.raises(UserError, match="begun with another plan: configuration"):
+        stack("out.zarr", "--config.system.holes=3")
+    (tmp_path / "p.json").write_text((tmp_path / "p.json").read_text() + " ")
+    with pytest.raises(UserError, match="begun with another plan: sources"):
+        stack("out.zarr")
+
+
+def test_sixteen_bits_need_a_window(stack, tmp_path):
+    save_volume(tmp_path / "deep.h5", GREY.astype(np.uint16) * 100, voxel_size=(40, 4, 4), offset=(80, 0, 0))
+    with pytest.raises(UserError, match=r"uint16, and nothing says which grey values.*--window"):
+        stack("out.zarr", source="deep.h5")
     assert not (tmp_path / "out.zarr").exists()
-    segment_stack(config, volume, str(tmp_path / "out.zarr"), window=(0, 25500))
+    stack("deep.zarr", "--window", "0,25500", source="deep.h5")
+    stack("out.zarr")
+    same = open_volume(tmp_path / "deep.zarr")[...] == open_volume(tmp_path / "out.zarr")[...]
+    assert same.mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--threshold", "0.3"], "--threshold is not for"),
+        (["--config.system.input_size=(100,64)"], "multiples of 32"),
+        (["--config.system.prompts="], "no prompts are given"),
+        (["--config.system.prompts=none.json"], "are not there"),
+        (["--config.system.checkpoint=none.pt"], "is not there"),
+        (["--config.system.checkpoint=other.safetensors"], "is no checkpoint of sam2"),
+        (["--input", "channels.h5"], "4 axes czyx .*, expected 3 axes zyx"),
+        (["--bbox", "0:4,:,:"], r"the stack is \(4, 50, 70\)"),
+    ],
+)
+def test_wrong_use_of_the_command_leaves_nothing(stack, tmp_path, monkeypatch, more, message):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    save_volume("channels.h5", np.stack([GREY] * 3), voxel_size=(40, 4, 4))
+    write_safetensors(tmp_path / "other.safetensors", {"fc.weight": np.zeros((2, 2), np.float32)}, {})
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        stack("out.zarr", *more)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -129,11 +229,7 @@ def test_session_equals_the_streamed_run():
         run.add_points(5, 4, [[20, 30]], [1])
         found = dict(run.propagate()) | dict(run.propagate(3, BACKWARD))
     prompts = [Prompt(5, 4, np.float32([[20, 30]]), np.int32([1]))]
-    shape = (SHAPE[0], 32, 64)
-    config = dataclasses.replace(CONFIG, input_size=(32, 64))
-    tracker = Tracker(config, network(), lambda a, b: GREY[a:b, :32, :64], shape, prompts)
-    labels = np.zeros(shape, np.uint32)
-    tracker.labels(lambda z, plane: labels.__setitem__(z, plane))
+    labels = labels_of(dataclasses.replace(CONFIG, input_size=(32, 64)), prompts, GREY[:, :32, :64])
     assert sorted(found) == list(range(SHAPE[0]))
     assert np.mean([((found[z][0] > 0) != (labels[z] == 5)).mean() for z in found]) < 0.02
 

@@ -9,7 +9,8 @@ import pytest
 
 from emjax import convert
 from emjax.errors import UserError
-from emjax.models.sam2.config import sam2_config
+from emjax.models.sam2.config import SIZES, VERSIONS, sam2_config
+from emjax.systems import sam2_stack
 from emjax.weights.family import from_state, read_checkpoint, to_state, write_checkpoint
 from emjax.weights.files import read_state_file, write_safetensors
 from emjax.weights.rules import entries
@@ -55,6 +56,31 @@ def test_orbax_and_torch_round_trip(tmp_path):
     write_checkpoint(tmp_path / "folder", from_state(state(), [FAMILY], "x"))
     write_checkpoint(tmp_path / "back.pt", read_checkpoint(tmp_path / "folder", [FAMILY]))
     same(read_state_file(tmp_path / "back.pt")[0], state())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_and_version_through_files(tmp_path, size, version):
+    network = FAMILY.network({"size": size, "version": version})
+    rng = np.random.default_rng(1)
+    given = {name: rng.random(entry.shape, np.float32) for name, entry in entries(network.shapes, OFFICIAL).items()}
+    checkpoint = from_state(given, [FAMILY], "x")
+    assert checkpoint.settings == {"size": size, "version": version}
+    write_checkpoint(tmp_path / "a.safetensors", checkpoint, "huggingface")
+    write_checkpoint(tmp_path / "folder", read_checkpoint(tmp_path / "a.safetensors", [FAMILY]))
+    (tmp_path / "a.safetensors").unlink()
+    back = read_checkpoint(tmp_path / "folder", [FAMILY])
+    assert back.settings == checkpoint.settings
+    write_checkpoint(tmp_path / "b.safetensors", back, "official")
+    same(read_state_file(tmp_path / "b.safetensors")[0], given)
+
+
+def test_a_checkpoint_of_another_size_than_asked_for(tmp_path):
+    write_checkpoint(tmp_path / "a.safetensors", from_state(state(), [FAMILY], "x"))
+    for wrong, message in (({"size": "large"}, "size tiny, but size=large"), ({"version": "2.0"}, "but version=2.0")):
+        with pytest.raises(UserError, match=message):
+            sam2_stack.network(sam2_stack.Config(checkpoint=str(tmp_path / "a.safetensors"), **wrong))
 
 
 def test_version_20_lacks_three_names():

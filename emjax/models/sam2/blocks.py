@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ class Keys:
         """A fresh key."""
         self._count += 1
         return jax.random.fold_in(self._key, self._count)
+
+
+def counted(rngs: nnx.Rngs) -> nnx.Rngs:
+    """:class:`Keys`, typed as what it stands in for."""
+    return cast(nnx.Rngs, Keys(rngs))
 
 
 def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs) -> nnx.Linear:

@@ -9,7 +9,7 @@ from flax import nnx
 from emjax.models.layers.attention import attend
 from emjax.models.layers.lora import Adapters
 from emjax.models.layers.resize import resize
-from emjax.models.sam2.blocks import MLP, Keys, convolution, gelu, layer_norm, linear
+from emjax.models.sam2.blocks import MLP, convolution, counted, gelu, layer_norm, linear
 from emjax.models.sam2.config import HieraConfig, check_size
 
 EPSILON = 1e-6
@@ -116,7 +116,7 @@ class Hiera(nnx.Module):
 
     def __init__(self, config: HieraConfig, rngs: nnx.Rngs, dtype: str = "float32", attention: str = "auto"):
         self.config = config
-        rngs = Keys(rngs)
+        rngs = counted(rngs)
         options = {"dtype": dtype, "attention": attention, "mlp_ratio": config.mlp_ratio, "lora": config.lora}
         self.patch_embed = PatchEmbedding(config.width, dtype, rngs)
         init = nnx.initializers.truncated_normal(0.02)

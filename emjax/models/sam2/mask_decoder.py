@@ -119,8 +119,8 @@ class MaskDecoder(nnx.Module):
 
     def tokens(self, sparse: jax.Array) -> jax.Array:
         """(batch, 6 + n, features): object score, IoU, masks, prompts."""
-        own = [self.obj_score_token, self.iou_token, self.mask_tokens]
-        own = jnp.concatenate([embed.embedding[...] for embed in own]).astype(sparse.dtype)
+        embeds = (self.obj_score_token, self.iou_token, self.mask_tokens)
+        own = jnp.concatenate([embed.embedding[...] for embed in embeds]).astype(sparse.dtype)
         return jnp.concatenate([jnp.broadcast_to(own, (len(sparse), *own.shape)), sparse], axis=1)
 
     def flatten(

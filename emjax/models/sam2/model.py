@@ -8,7 +8,7 @@ from flax import nnx
 
 from emjax.models.layers.position import sine_of_scalar, sine_position
 from emjax.models.layers.resize import resize
-from emjax.models.sam2.blocks import MLP, Keys, convolution, linear
+from emjax.models.sam2.blocks import MLP, convolution, counted, linear
 from emjax.models.sam2.config import SAM2Config
 from emjax.models.sam2.mask_decoder import MaskDecoder, single_mask
 from emjax.models.sam2.memory import MemoryAttention, MemoryEncoder
@@ -86,7 +86,7 @@ class SAM2(nnx.Module):
     def __init__(self, config: SAM2Config, rngs: nnx.Rngs):
         dtype, features, memory = config.dtype, config.features, config.memory_features
         self.config = config
-        rngs = Keys(rngs)
+        rngs = counted(rngs)
         normal = nnx.initializers.truncated_normal(0.02)
 
         def parameter(*shape: int) -> nnx.Param:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emjax.models.layers.resize import upsample_nearest
-from emjax.models.sam2.blocks import Keys, convolution
+from emjax.models.sam2.blocks import convolution, counted
 from emjax.models.sam2.config import SAM2Config
 from emjax.models.sam2.hiera import Hiera
 
@@ -33,15 +33,16 @@ class FpnNeck(nnx.Module):
     def __call__(self, stages: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Stage maps, fine to coarse, to as many maps of ``features`` channels, fine to coarse."""
         last = len(stages) - 1
-        levels: list[jax.Array] = [None] * len(stages)
+        levels: list[jax.Array] = []
         above = None
         for level in range(last, -1, -1):
             lateral = self.convs[last - level](stages[level])
             if level in TOP_DOWN and above is not None:
                 summed = lateral.astype(jnp.float32) + upsample_nearest(above.astype(jnp.float32), 2)
                 lateral = summed.astype(lateral.dtype)
-            levels[level] = above = lateral
-        return tuple(levels)
+            above = lateral
+            levels.append(lateral)
+        return tuple(reversed(levels))
 
 
 class EncodedImage(NamedTuple):
@@ -60,7 +61,7 @@ class ImageEncoder(nnx.Module):
     """Trunk and neck: images (batch, H, W, 3), normalised, to :class:`EncodedImage`."""
 
     def __init__(self, config: SAM2Config, rngs: nnx.Rngs):
-        rngs = Keys(rngs)
+        rngs = counted(rngs)
         self.trunk = Hiera(config.hiera, rngs, config.dtype, config.attention)
         self.neck = FpnNeck(config.hiera.widths, config.features, config.dtype, rngs)
 

@@ -121,11 +121,11 @@ def condition(memory: Memory, place: int | jax.Array, z: int | jax.Array, tracke
     )
 
 
-def push(memory: Memory, z: jax.Array, tracked: Tracked, accepted: jax.Array) -> Memory:
+def push(memory: Memory, z: int | jax.Array, tracked: Tracked, accepted: jax.Array) -> Memory:
     """Puts slice ``z`` into the rings of the objects that are ``accepted`` (n,)."""
     place, pointer_place = z % memory.recent.shape[1], z % memory.pointed.shape[1]
 
-    def put(ring: jax.Array, at: jax.Array, value: Any) -> jax.Array:
+    def put(ring: jax.Array, at: int | jax.Array, value: Any) -> jax.Array:
         chosen = accepted.reshape(-1, *[1] * (ring.ndim - 2))
         return ring.at[:, at].set(jnp.where(chosen, value, ring[:, at]).astype(ring.dtype))
 
@@ -197,7 +197,12 @@ def _bank_of_object(
 
 
 def bank(
-    model: SAM2, options: TrackOptions, memory: Memory, z: jax.Array, direction: jax.Array, slices: jax.Array
+    model: SAM2,
+    options: TrackOptions,
+    memory: Memory,
+    z: int | jax.Array,
+    direction: int | jax.Array,
+    slices: int | jax.Array,
 ) -> Bank:
     """What slice ``z`` attends to, for every object: chosen conditioning slices, recent slices, pointers.
 
@@ -257,9 +262,9 @@ def track(
     options: TrackOptions,
     features: Features,
     memory: Memory,
-    z: jax.Array,
-    direction: jax.Array,
-    slices: jax.Array,
+    z: int | jax.Array,
+    direction: int | jax.Array,
+    slices: int | jax.Array,
 ) -> tuple[Heads, jax.Array, Tracked]:
     """One slice without prompts: its heads, the embedding with memory, and the result with its own memory."""
     recalled = model.recall(features, bank(model, options, memory, z, direction, slices))
@@ -274,8 +279,8 @@ def propagate(
     features: Features,
     order: jax.Array,
     start: jax.Array,
-    direction: jax.Array,
-    slices: jax.Array,
+    direction: int | jax.Array,
+    slices: int | jax.Array,
     keep: bool = False,
 ) -> tuple[Memory, Tracked]:
     """Tracks through ``order`` (t,) slice numbers with their features (t, h, w, ...), by ``lax.scan``.
