@@ -22,7 +22,7 @@ import dataclasses
 import os
 
 from emjax.config import Data, Experiment, Optimizer, Train, variant_error
-from emjax.data.augment import Elastic, FlipTranspose, GaussianNoise, Grayscale
+from emjax.data.augment import Elastic, FlipTranspose, GaussianNoise, Grayscale, Sam4emSlices
 from emjax.data.pipeline import Source
 from emjax.models import sam4em as network
 from emjax.models.layers.lora import LoRA
@@ -51,7 +51,13 @@ AUGMENT = (
 def _source(part: str, pad: int = 0) -> Source:
     file = f"{DATA}/vnc_semantic/{part}.h5"
     return Source(
-        raw=f"{file}:raw", labels=f"{file}:labels", name=f"vnc {part}", voxel_size=VOXEL_SIZE, pad=(pad, 0, 0)
+        raw=f"{file}:raw",
+        labels=f"{file}:labels",
+        # 4 is membrane, which is not segmented here.
+        label_values=(1, 2, 3, 4),
+        name=f"vnc {part}",
+        voxel_size=VOXEL_SIZE,
+        pad=(pad, 0, 0),
     )
 
 
@@ -123,6 +129,12 @@ def _second(first: Experiment, lora: LoRA, lr: float, steps: int) -> Experiment:
     )
 
 
+def _published_augmentation(experiment: Experiment) -> Experiment:
+    """Every slice deformed by itself, as in the published code."""
+    augment = (Sam4emSlices(independent=True),)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, augment=augment))
+
+
 def _debug() -> Experiment:
     small = _cpu()
     hiera = HieraConfig(8, 1, (1, 1, 1, 1), (2,), windows=(8, 4, 4, 2))
@@ -160,12 +172,15 @@ def get_config(variant: str = "") -> Experiment:
             decay_norms=True,
             clip_norm=0.0,
         )
-        return dataclasses.replace(full, system=sam4em.published(full.system), optimizer=schedule)
+        return _published_augmentation(
+            dataclasses.replace(full, system=sam4em.published(full.system), optimizer=schedule)
+        )
     if variant == "debug":
         return _debug()
     cpu = _cpu()
     if variant in ablations:
-        return dataclasses.replace(cpu, system=sam4em.ablation(cpu.system, variant.removeprefix("cpu_")))
+        row = dataclasses.replace(cpu, system=sam4em.ablation(cpu.system, variant.removeprefix("cpu_")))
+        return _published_augmentation(row) if variant == "cpu_reference" else row
     if variant == "cpu_random":
         return dataclasses.replace(cpu, train=dataclasses.replace(cpu.train, init_from=""))
     return cpu if variant == "cpu" else _full()
