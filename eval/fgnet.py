@@ -122,16 +122,16 @@ def train(options: argparse.Namespace, row: str, seed: int) -> None:
         raise UserError(f"row {row}, seed {seed}: training ended early; the same command goes on with it")
 
 
-def steps_done(workdir: pathlib.Path) -> int:
+def records_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
     file = workdir / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return max((record["step"] for record in records if record["kind"] == "validation"), default=0)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def trained(workdir: pathlib.Path) -> bool:
     """Whether the run in a work directory reached its last step (and its last validation)."""
     file = workdir / "config.json"
-    return file.is_file() and steps_done(workdir) == from_json(file.read_text()).train.steps
+    done = max((record["step"] for record in records_of(workdir) if record["kind"] == "validation"), default=0)
+    return file.is_file() and done == from_json(file.read_text()).train.steps
 
 
 def predicted(options: argparse.Namespace, workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -267,7 +267,7 @@ def evaluated(options: argparse.Namespace, row: str, seed: int, truth: Truth) ->
     outputs = predicted(options, workdir)
     seconds = time.monotonic() - start
     config = from_json((workdir / "config.json").read_text())
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    validated = [record for record in records_of(workdir) if record["kind"] == "validation"][-1]
     found: dict[str, Any] = {
         "set": options.set,
         "cpu": options.cpu,
@@ -280,7 +280,7 @@ def evaluated(options: argparse.Namespace, row: str, seed: int, truth: Truth) ->
         "voxels": config.train.steps * config.data.batch_size * int(np.prod(config.data.crop)),
         "parameters": trainable_parameters(config),
         "start": config.train.init_from or config.system.encoder_checkpoint,
-        "validation": {key: records[-1].get(key) for key in ("loss", "refined_loss", "coarse_loss")},
+        "validation": {key: validated.get(key) for key in ("loss", "refined_loss", "coarse_loss")},
         "refined": segmented(outputs["affinities"], truth),
         "boundaries": boundaries_by_calibre(outputs["affinities"], truth),
     }

@@ -436,7 +436,7 @@ class FGNet(nnx.Module):
         config: all but SAM 2.
         sam2: the image encoder; None where the configuration does not use it.
         outputs: affinities per voxel.
-        frozen: no gradient flows into SAM 2 (adapters excepted).
+        frozen: no gradient flows into SAM 2, nor into its adapters.
         weights: precision in which SAM 2's own weights are kept, those of adapters are float32.
     """
 
