@@ -239,13 +239,15 @@ def initial_variables(directory: str, config: Experiment) -> Collections:
     taken_over = inherits(config.system, stored.system) if inherits else None
     if taken_over is not None:
         found = _restore_variables(checkpoint, stored)
-        made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
         if isinstance(taken_over, Mapping):
             chosen: dict = {}
             for source, branch in taken_over.items():
                 _put(chosen, branch, _branch(found["params"], source))
-            replaced, rest = partition(made["params"], _within(tuple(taken_over.values())))
-            _check_inherited(checkpoint, chosen, replaced)
+            belongs = _within(tuple(taken_over.values()))
+            _check_inherited(checkpoint, chosen, partition(definition(config).shapes["params"], belongs)[0])
+        made = initialise(lambda rngs: system_of(config.system).build(config.system, rngs), jax.random.key(config.seed))
+        if isinstance(taken_over, Mapping):
+            _, rest = partition(made["params"], belongs)
             return {**made, "params": join(chosen, rest)}
         # Statistics and constants belong to the parameters beside them.
         variables = {}
