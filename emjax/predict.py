@@ -1,4 +1,8 @@
-"""``python -m emjax.predict``: a checkpoint and a volume become affinities (or what else the system predicts)."""
+"""``python -m emjax.predict``: a checkpoint and a volume become affinities (or what else the system predicts).
+
+``--config.system.FIELD=VALUE`` changes a field of the configuration that the checkpoint was trained with, such as
+``--config.system.plan.stride=...`` or ``--config.system.predicted=all``.
+"""
 
 import functools
 
@@ -16,10 +20,11 @@ def main(arguments: list[str]) -> int:
         "--output", required=True, metavar="OUT.zarr", help="a killed run is resumed by the same command"
     )
     add_prediction_options(parser)
-    options = parser.parse_args(arguments)
+    overrides = tuple(text[len("--config.") :] for text in arguments if text.startswith("--config."))
+    options = parser.parse_args([text for text in arguments if not text.startswith("--config.")])
     if options.batch < 0:
         raise UserError(f"--batch {options.batch}: expected at least 1")
-    load = functools.partial(load_system, options.checkpoint, options.which)
+    load = functools.partial(load_system, options.checkpoint, options.which, overrides)
     trained = trained_window(options.checkpoint, options.which)
     places, _ = predict_volume(load, options.input, options.output, options=options, trained=trained)
     for name, place in places.items():

@@ -39,20 +39,8 @@ from emjax.systems.protocol import system_of
 from emjax.training.loading import load_system, trained_window
 
 _UNUSED_BY_STREAMS = (
-    *(
-        "threshold",
-        "thresholds",
-        "score",
-        "low",
-        "high",
-        "regrow",
-        "history",
-        "dust",
-        "mask",
-        "memory_whole",
-        "segment_block",
-    ),
-    *("batch", "flips", "block", "memory", "executor"),
+    *("threshold", "thresholds", "fragments", "regrow", "score", "low", "high", "history", "dust", "mask"),
+    *("memory_whole", "segment_block", "batch", "flips", "block", "memory", "executor"),
 )
 
 
@@ -60,12 +48,13 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
     overrides = [text[len("--config.") :] for text in arguments if text.startswith("--config.")]
     options = _parser().parse_args([text for text in arguments if not text.startswith("--config.")])
-    if overrides and not options.config:
-        raise UserError("--config.field=value needs --config FILE.py")
+    if overrides and not (options.config or options.checkpoint):
+        raise UserError("--config.field=value needs --config FILE.py, or --checkpoint, whose configuration it changes")
     places = Places(options.output)
     config = _configuration(options, overrides)
     defaults = _defaults(config)
     settings = Settings(
+        fragments=options.fragments or defaults["fragments"],
         low=defaults["low"] if options.low is None else options.low,
         high=defaults["high"] if options.high is None else options.high,
         regrow=defaults["regrow"] if options.regrow is None else options.regrow,
@@ -73,10 +62,11 @@ def main(arguments: list[str]) -> int:
         history=options.history,
     )
     settings.validate()
-    if settings.regrow and (options.segment_block or options.executor != "local"):
+    whole = _whole_only(settings)
+    if whole and (options.segment_block or options.executor != "local"):
         given = "--segment-block" if options.segment_block else f"--executor {options.executor}"
         raise UserError(
-            f"--regrow {settings.regrow} floods the whole volume at once, {given} works block by block; give --regrow 0, "
+            f"{given} works block by block, {whole} on the whole volume at once; give --fragments watershed --regrow 0, "
             "or predict first and segment in one process"
         )
     thresholds = _thresholds(options, defaults, settings)
@@ -89,10 +79,12 @@ def main(arguments: list[str]) -> int:
         _write(places, merges, thresholds, options, replace=True)
         return cli.DONE
     system = system_of(config) if config is not None else None
+    if hasattr(system, "refuse_segmentation"):
+        system.refuse_segmentation(config)
     if hasattr(system, "segment_volume"):
         _stream(config, options, places)
         return cli.DONE
-    prediction = _predict(config, options, places) if options.checkpoint else None
+    prediction = _predict(options, places, () if options.config else overrides) if options.checkpoint else None
     if system is not None and (options.method == "system" or not hasattr(system, "agglomeration")):
         _check_free(options)
         _decode(config, options, prediction)
@@ -113,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="pairs merge while 1 - affinity is below it (default: 0.5)")
     parser.add_argument("--thresholds", metavar="T,T,...", help="several; written as LABELS.zarr:T")
     parser.add_argument("--score", help="mean, max, hist_quant_50, aff85_his256, ... (default: mean)")
+    parser.add_argument(
+        "--fragments",
+        choices=("watershed", "mutex"),
+        help="watershed of the nearest affinities (default), or mutex watershed of all offsets; not block by block",
+    )
     parser.add_argument("--low", type=float, help="affinities at or below never join (default: 0.0001)")
     parser.add_argument("--high", type=float, help="affinities of at least this always join (default: 0.9999)")
     parser.add_argument(
@@ -141,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configuration(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """The system's configuration from ``--config`` (which wins) or ``--checkpoint``, or None."""
-    stored = load_system(options.checkpoint, options.which)[0] if options.checkpoint else None
+    changes = () if options.config else tuple(overrides)
+    stored = load_system(options.checkpoint, options.which, changes)[0] if options.checkpoint else None
     if not options.config:
         return stored
     experiment = configuration.load(options.config, overrides)
@@ -158,12 +156,20 @@ def _defaults(config: Any) -> dict[str, Any]:
     system = None if config is None else system_of(config)
     chosen = system.agglomeration(config) if hasattr(system, "agglomeration") else Settings()  # type: ignore[union-attr]
     return {
+        "fragments": getattr(chosen, "fragments", "watershed"),
         "low": chosen.low,
         "high": chosen.high,
         "regrow": getattr(chosen, "regrow", 0),
         "score": chosen.score,
         "threshold": getattr(chosen, "threshold", 0.5),
     }
+
+
+def _whole_only(settings: Settings) -> str:
+    """The setting that cannot work block by block, or nothing."""
+    if settings.fragments == "mutex":
+        return "--fragments mutex"
+    return f"--regrow {settings.regrow}" if settings.regrow else ""
 
 
 def _thresholds(options: argparse.Namespace, defaults: Mapping[str, Any], settings: Settings) -> list[float]:
@@ -183,8 +189,8 @@ def _check_free(options: argparse.Namespace) -> None:
         raise UserError(f"{options.output} exists; choose another output, or pass --overwrite")
 
 
-def _predict(config: Any, options: argparse.Namespace, places: Places) -> dict[str, str]:
-    load = functools.partial(load_system, options.checkpoint, options.which)
+def _predict(options: argparse.Namespace, places: Places, overrides: Sequence[str]) -> dict[str, str]:
+    load = functools.partial(load_system, options.checkpoint, options.which, tuple(overrides))
     trained = trained_window(options.checkpoint, options.which)
     image = open_volume(options.input, **_input_options(options))
     if image.axes == "czyx":
@@ -219,6 +225,11 @@ def _agglomerate(
     volume, channels = segmentation.nearest_affinities(spec, **input_options)
     print(volume.describe())
     volume.require_voxel_size()
+    if settings.fragments == "mutex" and volume.shape[0] == 3:
+        raise UserError(
+            f"{volume.spec} has the nearest affinities only, --fragments mutex needs further offsets; an affinity U-Net "
+            "predicts them with --config.system.predicted=all"
+        )
     mask = open_volume(options.mask).require_axes("zyx") if options.mask else None
     if mask is not None and mask.shape != volume.spatial_shape:
         raise UserError(f"{mask.spec} has shape {mask.shape}, {volume.spec} {volume.spatial_shape}; expected the same")
@@ -236,12 +247,12 @@ def _agglomerate(
         _write(places, merges, thresholds, options, replace=True)
         return
     _check_free(options)
-    needed, most = segmentation.bytes_needed(volume), _whole_memory(options)
+    needed, most = segmentation.bytes_needed(volume, settings), _whole_memory(options)
     if needed > most or options.segment_block or options.executor != "local":
-        if settings.regrow:
+        if whole := _whole_only(settings):
             raise UserError(
-                f"--regrow {settings.regrow} floods the whole volume at once, which needs about {needed / 1e9:.1f} GB; "
-                f"{most / 1e9:.1f} GB are allowed (--memory-whole). --regrow 0 segments block by block"
+                f"{whole} works on the whole volume at once, which needs about {needed / 1e9:.1f} GB; {most / 1e9:.1f} GB "
+                "are allowed (--memory-whole). --fragments watershed --regrow 0 go block by block"
             )
         executor = executor_of(options)
         block = whole_triple(options.segment_block, "--segment-block")

@@ -11,7 +11,7 @@ from emjax.data.volume import mark_complete, open_volume, save_volume
 from emjax.errors import UserError
 from emjax.inference.blockwise import block_shape
 from emjax.inference.segmentation import load_merges
-from emjax.postprocess import agglomerate, apply, region_graph, watershed
+from emjax.postprocess import agglomerate, apply, mutex_watershed, region_graph, watershed
 from emjax.systems import affinity_unet
 
 NEAREST = ((-1, 0, 0), (0, -1, 0), (0, 0, -1))
@@ -209,6 +209,26 @@ def test_small_fragments_give_way(stored, tmp_path):
     assert (whole > 0).all()
 
 
+def test_mutex_watershed_of_all_offsets(tmp_path):
+    near = affinities_of()
+    # Stored out of order: the nearest come first for the algorithm.
+    offsets = ((0, -4, 0), *NEAREST, (0, 0, -4))
+    values = np.stack([near[1] // 2, *near, near[2] // 2])
+    stored = save(tmp_path / "far.zarr", values, offsets)
+    run("--input", stored, "--output", tmp_path / "a.zarr", "--fragments", "mutex", "--threshold", "0")
+    order = [1, 2, 3, 0, 4]
+    wanted = mutex_watershed(values[order], [offsets[channel] for channel in order])
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.zarr")[...], wanted)
+    config = affinity_unet.Config(
+        offsets=tuple(offsets[channel] for channel in order),
+        predicted="all",
+        segmentation=affinity_unet.Segmentation(fragments="mutex", regrow=30, threshold=0.3),
+    )
+    run("--input", stored, "--output", tmp_path / "b.zarr", "--fragments", "mutex", "--regrow", 30, "--threshold", 0.3)
+    decoded = affinity_unet.decode(config, {"affinities": values[order]})
+    np.testing.assert_array_equal(open_volume(tmp_path / "b.zarr")[...], decoded)
+
+
 def test_system_decoding_and_settings_from_a_config(stored, tmp_path):
     config = pathlib.Path(__file__).parent.parent / "configs" / "smoke" / "affinity_unet.py"
     run(
@@ -248,6 +268,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(stored, tmp_path):
         (["--input", stored, "--score", "median"], "--score"),
         (["--input", stored, "--low", "0.9", "--high", "0.1"], "low"),
         (["--input", stored, "--regrow", "-1"], "--regrow"),
+        (["--input", stored, "--fragments", "mutex"], "predicted=all"),
+        (["--input", stored, "--fragments", "mutex", "--segment-block", "9,9,9"], "--fragments watershed"),
+        (["--input", stored, "--config.system.predicted=all"], "--checkpoint"),
         (["--input", stored, "--regrow", "9", "--segment-block", "9,9,9"], "--regrow 0"),
         (["--input", stored, "--regrow", "9", "--executor", "stripes"], "--regrow 0"),
         (["--input", stored, "--regrow", "9", "--memory-whole", "1KB"], "--regrow 0"),

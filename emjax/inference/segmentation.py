@@ -12,16 +12,25 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from emjax import __version__
-from emjax.data.affinities import NEAREST, open_affinities
+from emjax.data.affinities import NEAREST, check_offsets, open_affinities
 from emjax.data.volume import Volume, blocks, check_finite, create_volume, mark_complete
 from emjax.errors import UserError
 from emjax.inference.ledger import content_hash
-from emjax.postprocess import MergeTree, agglomerate, apply, parse_score, region_graph, regrow, watershed
+from emjax.postprocess import (
+    MergeTree,
+    agglomerate,
+    apply,
+    mutex_watershed,
+    parse_score,
+    region_graph,
+    regrow,
+    watershed,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +38,15 @@ class Settings:
     """Watershed and agglomeration.
 
     Attributes:
+        fragments: ``"watershed"`` of the nearest affinities, or ``"mutex"`` watershed of all channels, of which those
+            beyond the nearest repel.
         low, high: watershed limits; affinities at or below ``low`` never join, those of at least ``high`` always do.
         regrow: fragments of fewer voxels give way to the others (``emjax.postprocess.regrow``); 0 leaves them.
         score: agglomeration score (``emjax.postprocess.parse_score``).
         history: the merge history reaches to this threshold, and so do labels cut from it.
     """
 
+    fragments: Literal["watershed", "mutex"] = "watershed"
     low: float = 0.0001
     high: float = 0.9999
     regrow: int = 0
@@ -43,6 +55,8 @@ class Settings:
 
     def validate(self) -> None:
         """Raises ``UserError`` for settings that cannot work."""
+        if self.fragments not in ("watershed", "mutex"):
+            raise UserError(f"--fragments {self.fragments}: expected watershed or mutex")
         if not 0 <= self.low < self.high:
             raise UserError(f"--low {self.low:g}, --high {self.high:g}: expected 0 <= low < high")
         if self.regrow < 0:
@@ -140,10 +154,13 @@ def read_affinities(volume: Volume, channels: Sequence[int], box: Sequence[slice
     return values
 
 
-def bytes_needed(volume: Volume) -> int:
+def bytes_needed(volume: Volume, settings: Settings) -> int:
     """Memory to segment a volume at once: affinities, flags, fragments, graph and labels."""
     voxels = int(np.prod(volume.spatial_shape, dtype=np.int64))
-    return voxels * (3 * (1 if volume.dtype == np.uint8 else 4) + 24)
+    each = 1 if volume.dtype == np.uint8 else 4
+    # The mutex watershed sorts the edges of all channels.
+    edges = volume.shape[0] * (each + 16) if settings.fragments == "mutex" else 0
+    return voxels * (3 * each + 24 + edges)
 
 
 def plan_of(volume: Volume, mask: Volume | None, settings: Settings, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,11 +186,14 @@ def segment_whole(
     say: Callable[[str], None] = print,
 ) -> tuple[np.ndarray, MergeTree]:
     """Fragments uint32 (z, y, x) and merge history of a volume that fits into memory."""
+    inside = None if mask is None else mask[...]
+    if settings.fragments == "mutex":
+        fragments = _mutex_fragments(volume, channels, inside)
     affinities = read_affinities(volume, channels, [slice(0, n) for n in volume.spatial_shape], mask)
-    fragments = watershed(affinities, settings.low, settings.high, threads=threads)
+    if settings.fragments == "watershed":
+        fragments = watershed(affinities, settings.low, settings.high, threads=threads)
     say(f"{int(fragments.max())} fragments")
     if settings.regrow:
-        inside = None if mask is None else mask[...]
         fragments = regrow(fragments, affinities, settings.regrow, inside)
         say(f"{int(fragments.max())} after those below {settings.regrow} voxels gave way")
     statistics = parse_score(settings.score).statistics()
@@ -182,6 +202,15 @@ def segment_whole(
     tree = agglomerate(graph, settings.history, score=settings.score)
     say(f"{len(graph.uv)} edges, {tree.merges()} merges up to {settings.history:g}")
     return fragments, tree
+
+
+def _mutex_fragments(volume: Volume, nearest: Sequence[int], inside: np.ndarray | None) -> np.ndarray:
+    offsets = check_offsets(volume.attributes["offsets"])
+    order = [*nearest, *(channel for channel in range(len(offsets)) if channel not in nearest)]
+    values = np.stack([volume[channel] for channel in order])
+    if values.dtype.kind == "f":
+        values = check_finite(values.astype(np.float32, copy=False), volume.spec)
+    return mutex_watershed(values, [offsets[channel] for channel in order], mask=inside)
 
 
 def save_merges(path: str, tree: MergeTree, sizes: np.ndarray, plan: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from emjax.data.targets import NEAREST_OFFSETS, Offset, affinities, affinity_mas
 from emjax.data.targets import widen_borders as widen
 from emjax.errors import UserError
 from emjax.models.unet import UNet, UNetConfig
-from emjax.postprocess import agglomerate, apply, region_graph, regrow, watershed
+from emjax.postprocess import agglomerate, apply, mutex_watershed, region_graph, regrow, watershed
 from emjax.systems.protocol import Block, Output, Triple, flip_back_affinities, unit_grey
 
 
@@ -23,6 +23,8 @@ class Segmentation:
     """From affinities to labels.
 
     Attributes:
+        fragments: ``"watershed"`` of the nearest affinities, or ``"mutex"`` watershed of all offsets, of which those
+            beyond the nearest repel (whole volumes only; needs ``predicted="all"``).
         low, high: watershed limits; edges at or below ``low`` never join, those at or above ``high`` always do.
         regrow: fragments of fewer voxels are dissolved and the others grow into their place
             (``emjax.postprocess.regrow``); 0 leaves them. Whole volumes only.
@@ -30,6 +32,7 @@ class Segmentation:
         threshold: pairs are merged while their score (1 - affinity) is below it.
     """
 
+    fragments: Literal["watershed", "mutex"] = "watershed"
     low: float = 0.0001
     high: float = 0.9999
     regrow: int = 0
@@ -45,7 +48,7 @@ class Config:
         model: the network.
         offsets: trained affinities (z, y, x); the first three must be the nearest neighbours, further ones are
             auxiliary targets.
-        predicted: the affinities that ``predict`` returns: the nearest, which is all that ``decode`` uses, or all.
+        predicted: the affinities that ``predict`` returns: the nearest, or all, as the mutex watershed needs them.
         widen_borders: window in which a voxel with two ids becomes background; ``None`` leaves labels as they are.
         loss: ``"bce"`` or ``"mse"`` (of the probabilities), plus ``dice_weight`` times a Dice term.
         class_balance: rarer class weighs more, so that thin membranes count.
@@ -76,6 +79,11 @@ def validate(config: Config) -> None:
     config.plan.validate()
     if check_offsets(config.offsets)[:3] != NEAREST_OFFSETS:
         raise UserError(f"offsets: the first three must be {NEAREST_OFFSETS}, found {config.offsets[:3]}")
+    if config.segmentation.fragments == "mutex" and (config.predicted != "all" or len(config.offsets) < 4):
+        raise UserError(
+            f"segmentation.fragments 'mutex' with predicted {config.predicted!r} of {len(config.offsets)} offsets; "
+            "expected 'all', and offsets beyond the nearest"
+        )
     multiple = config.model.multiple()
     if any(size % step for size, step in zip(config.plan.size, multiple)):
         raise UserError(f"plan.size {config.plan.size} is not a multiple of {multiple}, the network's total pooling")
@@ -166,8 +174,12 @@ def outputs(config: Config) -> dict[str, Output]:
 def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
     """Labels uint32 (z, y, x) from ``affinities`` (offset, z, y, x), float32 or uint8 (scaled by 255)."""
     settings = config.segmentation
-    wanted = np.asarray(outputs["affinities"])[:3]
-    fragments = watershed(wanted, settings.low, settings.high)
+    everything = np.asarray(outputs["affinities"])
+    wanted = everything[:3]
+    if settings.fragments == "mutex":
+        fragments = mutex_watershed(everything, _predicted(config))
+    else:
+        fragments = watershed(wanted, settings.low, settings.high)
     if settings.regrow:
         fragments = regrow(fragments, wanted, settings.regrow)
     tree = agglomerate(region_graph(wanted, fragments), settings.threshold, score=settings.score)

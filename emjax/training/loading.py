@@ -4,8 +4,10 @@ import functools
 import pathlib
 from typing import Any
 
-from emjax.config import Experiment
-from emjax.models.functional import Collections
+from emjax.config import Experiment, override
+from emjax.errors import UserError
+from emjax.models.functional import Collections, define
+from emjax.systems.protocol import system_of
 from emjax.training.checkpoints import restore_for_inference
 
 
@@ -14,10 +16,31 @@ def _restored(directory: str, which: str) -> tuple[Experiment, Collections]:
     return restore_for_inference(pathlib.Path(directory), which)
 
 
-def load_system(directory: str, which: str) -> tuple[Any, Collections]:
-    """The system's configuration and variables of a checkpoint."""
+def load_system(directory: str, which: str, overrides: tuple[str, ...] = ()) -> tuple[Any, Collections]:
+    """The system's configuration and variables of a checkpoint.
+
+    ``overrides`` (``system.field=value``) change the configuration that was trained with, such as the plan of blocks.
+    ``UserError`` for those that cannot work, or that change the network.
+    """
     experiment, collections = _restored(directory, which)
-    return experiment.system, collections
+    if not overrides:
+        return experiment.system, collections
+    changed = experiment
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith("system."):
+            raise UserError(
+                f"--config.{text}: expected --config.system.FIELD=VALUE, as {directory} is a trained system"
+            )
+        changed = override(changed, key, value)
+    system_of(changed.system).validate(changed.system)
+    if _shapes(changed.system) != _shapes(experiment.system):
+        raise UserError(f"--config.{' --config.'.join(overrides)}: the network of {directory} cannot be changed")
+    return changed.system, collections
+
+
+def _shapes(config: Any) -> Any:
+    return define(lambda rngs: system_of(config).build(config, rngs)).shapes
 
 
 def trained_window(directory: str, which: str) -> tuple[float, float] | None:
