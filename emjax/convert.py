@@ -19,9 +19,10 @@ from emjax.weights.family import Checkpoint, read_checkpoint, to_state, write_ch
 from emjax.weights.files import check_target
 from emjax.weights.rules import leaves, parameter_count
 from emjax.weights.sam2 import FAMILY as SAM2
+from emjax.weights.sam4em import FAMILY as SAM4EM
 from emjax.weights.segneuron import FAMILY as SEGNEURON
 
-FAMILIES = (SAM2, AGQ, SEGNEURON)
+FAMILIES = (SAM2, AGQ, SEGNEURON, SAM4EM)
 
 
 def describe(checkpoint: Checkpoint) -> str:
