@@ -1,7 +1,7 @@
 """AGQ on the FIB-SEM medulla beside an affinity U-Net of the same budget: trains, scores, writes the table.
 
     python eval/agq.py                                     # all of it on 2 CPU cores, about half an hour
-    python eval/agq.py --variants ,learned,guided --unet "" --unet_steps 0 --runs runs/agq_gpu     # the large ones, a GPU
+    python eval/agq.py --variants ,learned,guided --unet "" --unet_steps 0 --runs runs/agq_gpu    # the large ones, a GPU
     python eval/agq.py --steps 6 --unet_steps 3 --runs /tmp/dry --output /tmp/dry/agq.md           # a dry run
 
 The same command goes on where it was stopped; what is done is not done again. With ``--only_score``, only runs that

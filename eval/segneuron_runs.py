@@ -71,8 +71,8 @@ def main() -> int:
         f"Machine: {machine()}, {jax.devices()[0].device_kind}. This evaluation, with what of the training was left to "
         f"do: {time.monotonic() - start:.0f} s.",
         "",
-        "VI in bits, adapted Rand error as scikit-image defines it; ground truth 0 (and the residual body of fib25) not "
-        "scored. 2D: mean over sections, each segmented by itself.",
+        "VI in bits, adapted Rand error as scikit-image defines it; ground truth 0 (and the residual body of fib25) is "
+        "not scored. 2D: mean over sections, each segmented by itself.",
         "",
         "## Training",
         "",

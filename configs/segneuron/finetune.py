@@ -7,8 +7,8 @@
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; published scores in
 docs/segneuron.md, not trained by us), "local" (the same network on fib25_medulla and isbi2012_vnc, mixed with each
-other), "cpu" (local data, narrow network, small crops, batch 1: minutes), "debug" (for a look at the machinery). ``python
-eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
+other), "cpu" (local data, narrow network, small crops, batch 1: minutes), "debug" (for a look at the machinery).
+``python eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
 Ablations: ``--config.system.mixing.frequency_p=0``, ``--config.system.mixing.spatial_p=0``,
 ``--config.system.segmentation.restrict=False``; the published code's slips: ``--config.system.mixing.reference=True``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -122,8 +122,8 @@ def get_config(variant: str = "") -> Experiment:
             plan=dataclasses.replace(LOCAL_PLAN, size=CPU_CROP, stride=(12, 48, 48)),
         ),
         data=dataclasses.replace(local.data, crop=CPU_CROP, batch_size=1, threads=1, validation_batches=4),
-        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=400),
-        train=Train(steps=400, log_every=20, validate_every=100, save_every=50, overlays=0),
+        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=200),
+        train=Train(steps=200, log_every=20, validate_every=50, save_every=25, overlays=0),
         mesh=Mesh(cpu_devices=1),
     )
     if variant == "cpu":

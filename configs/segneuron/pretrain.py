@@ -5,8 +5,8 @@
     python -m emjax.train --config configs/segneuron/pretrain.py:cpu --workdir runs/segneuron_pretrain_cpu
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; not trained by us),
-"local" (the same network on every raw volume of the small public crops), "cpu" (local data, narrow network, small crops,
-batch 1: minutes; goes with finetune.py:cpu), "debug" (for a look at the machinery).
+"local" (the same network on every raw volume of the small public crops), "cpu" (local data, narrow network, small
+crops, batch 1: minutes; goes with finetune.py:cpu), "debug" (for a look at the machinery).
 Ablations of the paper: ``--config.system.fill=zero``, ``--config.system.fill=mean``,
 ``--config.system.blocks="((4,8,8),)"`` (one scale), ``--config.system.hog_weight=0``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -106,8 +106,8 @@ def get_config(variant: str = "") -> Experiment:
             plan=dataclasses.replace(local.system.plan, size=CPU_CROP, stride=(8, 32, 32)),
         ),
         data=dataclasses.replace(local.data, crop=CPU_CROP, batch_size=1, threads=1, validation_batches=4),
-        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=400),
-        train=Train(steps=400, log_every=20, validate_every=100, save_every=50, overlays=0),
+        optimizer=dataclasses.replace(OPTIMIZER, decay_steps=200),
+        train=Train(steps=200, log_every=20, validate_every=50, save_every=25, overlays=0),
         mesh=Mesh(cpu_devices=1),
     )
     if variant == "cpu":

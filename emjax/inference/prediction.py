@@ -62,8 +62,8 @@ def check_image(volume: Volume, block: tuple[int, int, int]) -> None:
 def voxel_size_warning(volume: Volume, config: Any) -> str | None:
     """A warning if the model was made for other voxels; ``UserError`` if the system says that it cannot work."""
     domain = getattr(system_of(config), "domain", None)
-    if domain is not None:
-        return domain(config, volume.require_voxel_size())
+    if domain is not None and (warning := domain(config, volume.require_voxel_size())) is not None:
+        return warning
     wanted, found = getattr(config, "voxel_size", None), volume.require_voxel_size()
     if wanted is None or np.allclose(wanted, found, rtol=0.05):
         return None

@@ -102,6 +102,12 @@ def check_block(config: Config, size: Triple) -> str:
     return f"block has {', '.join(odd)}; grids fit exactly for multiples of {multiples} plus 1" if odd else ""
 
 
+def domain(config: Config, voxel_size: tuple[float, float, float]) -> str | None:
+    """A warning if blocks of prediction do not fit the network's grids voxel for voxel; see :func:`check_block`."""
+    found = check_block(config, config.plan.size)
+    return f"warning: {found}; expect worse results near the far borders of blocks" if found else None
+
+
 def build(config: Config, rngs: nnx.Rngs) -> AGQ:
     """The network."""
     return AGQ(config.model, rngs=rngs)

@@ -7,10 +7,12 @@ More are optional. ``compose(config)`` gives the function ``(sampler, generator)
 samples, where one augmented crop is not all. ``inherits(config, other)`` says which parameters a run takes over from a
 run of another system (``train.init_from``). ``pretrained(config)`` gives parameters that a fresh run starts from (a
 nested dict by the network's paths; the others are fresh), such as a published encoder's. ``domain(config, voxel_size)`` gives a warning for volumes of a voxel size
-that the system was not made for, or raises. ``agglomeration(config)``, of a system whose ``decode`` is watershed and
-agglomeration of the output ``affinities``, gives ``low``, ``high``, ``score`` and ``threshold`` (and ``regrow``, if it has
-it): such a system is also segmented block by block and at other thresholds. ``block_decoder(config)`` gives a :class:`BlockDecoder`, by which
-predictions are decoded that do not fit into memory.
+that the system was not made for, or raises. ``refuse_segmentation(config)``, of a system that only prepares another
+(pretraining), raises ``UserError`` before anything is predicted for a segmentation. ``agglomeration(config)``, of a
+system whose ``decode`` is watershed and agglomeration of the output ``affinities``, gives ``low``, ``high``, ``score``
+and ``threshold`` (and ``regrow``, if it has it): such a system is also segmented block by block and at other
+thresholds. ``block_decoder(config)`` gives a :class:`BlockDecoder`, by which predictions are decoded that do not fit
+into memory.
 
 ``segment_volume(config, collections, image)`` is for a system that cannot work by independent blocks, because what it
 finds in a slice depends on the slices before (tracking, memory). It gives a :class:`Streaming`: the volumes to be

@@ -6,7 +6,7 @@ values and gradients. Its encoder starts the fine-tuning (``train.init_from`` of
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -128,12 +128,17 @@ def outputs(config: Config) -> dict[str, Output]:
     return {name: Output(kind="probability", channels=1) for name in ("restored", "hog")}
 
 
-def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
+def refuse_segmentation(config: Config) -> NoReturn:
     """Raises ``UserError``: this network restores images and segments nothing."""
     raise UserError(
         "this is a checkpoint of SegNeuron's pretraining, which restores images and segments nothing; fine-tune from "
         "it with configs/segneuron/finetune.py --config.train.init_from=DIR"
     )
+
+
+def decode(config: Config, outputs: Mapping[str, Any]) -> np.ndarray:
+    """Raises ``UserError``, see :func:`refuse_segmentation`."""
+    refuse_segmentation(config)
 
 
 def block(config: Config) -> Block:

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emjax import config as configuration
+from emjax import segment
 from emjax.data.hog import hog_image
 from emjax.data.mixing import AFFINITY_BITS, affinity_bits
 from emjax.errors import UserError
+from emjax.inference.predictor import Network
 from emjax.models import mnet
+from emjax.models.functional import define
 from emjax.systems import segneuron, segneuron_pretraining
 from emjax.systems.protocol import system_of
 from emjax.systems.segneuron import domain, rescaling
@@ -107,6 +111,60 @@ def test_decode_needs_foreground_and_pretraining_does_not_segment():
         segneuron.decode(config, empty)
     with pytest.raises(UserError, match="pretraining, which restores images"):
         segneuron_pretraining.decode(segneuron_pretraining.Config(), {})
+    arguments = ["--config", "configs/segneuron/pretrain.py:debug", "--input", "no.zarr", "--output", "out.zarr"]
+    with pytest.raises(UserError, match="pretraining, which restores images"):
+        segment.main(arguments)
+
+
+def test_tiles_depend_on_neither_batch_nor_devices():
+    patch = (5, 16, 32)
+    config = segneuron.Config(model=mnet.Config(widths=(2, 2, 3, 3, 4)))
+    definition = define(lambda rngs: segneuron.build(config, rngs))
+    rng = np.random.default_rng(0)
+    collections = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), definition.shapes)
+    tiles = rng.integers(0, 256, (5, *patch), dtype=np.uint8)
+    wanted = None
+    for batch, devices in ((1, 1), (3, 1), (2, 2)):
+        net = Network(config, collections, patch, batch, devices=jax.local_devices()[:devices])
+        found: dict[str, list] = {"affinities": [], "foreground": []}
+        for start in range(0, len(tiles), net.batch):
+            part = tiles[start : start + net.batch]
+            for name, values in net(part).items():
+                found[name].append(np.asarray(values)[: len(part)])
+        joined = {name: np.concatenate(parts) for name, parts in found.items()}
+        wanted = wanted or joined
+        for name, values in joined.items():
+            np.testing.assert_allclose(values, wanted[name], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("system.fill=zero", lambda s: s.fill == "zero"),
+        ("system.fill=mean", lambda s: s.fill == "mean"),
+        ("system.blocks=((4,8,8),)", lambda s: s.blocks == ((4, 8, 8),)),
+        ("system.hog_weight=0", lambda s: s.hog_weight == 0),
+    ],
+)
+def test_ablations_of_pretraining_are_switches(change, what):
+    config = configuration.load("configs/segneuron/pretrain.py:debug", [change]).system
+    segneuron_pretraining.validate(config)
+    assert what(config)
+    clean = jnp.asarray(np.random.default_rng(0).random((1, 8, 16, 16)), jnp.float32)
+    seen = np.asarray(segneuron_pretraining.hidden(config, clean, jax.random.key(0)))
+    hidden = seen != np.asarray(clean)
+    assert 0.3 < hidden.mean() < 0.8
+    if config.fill == "zero":
+        assert (seen[hidden] == 0).all()
+    if config.fill == "mean":
+        np.testing.assert_allclose(seen[hidden], float(clean.mean()), atol=1e-5)
+    if config.blocks == ((4, 8, 8),):
+        grid = hidden.reshape(1, 2, 4, 2, 8, 2, 8)
+        assert (grid.all((2, 4, 6)) | ~grid.any((2, 4, 6))).all()
+    perfect = _Perfect(clean[..., None], jnp.ones((*clean.shape, 1)))
+    value, scalars = segneuron_pretraining.loss(config, perfect, {"image": clean}, jax.random.key(0), True)
+    assert (float(value) == 0) == (config.hog_weight == 0)
+    assert float(scalars["hog_loss"]) > 0
 
 
 @pytest.mark.parametrize(
