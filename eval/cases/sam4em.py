@@ -273,7 +273,8 @@ def schedule(path: pathlib.Path) -> Iterator[Row]:
 def preprocess(path: pathlib.Path) -> Iterator[Row]:
     oracle = load(path)
     kinds = ("balanced", "simple", "minmax", "standard")
-    size = tuple(int(n) for n in oracle["balanced@shape"][-2:])
+    shape = oracle["balanced"].shape if "balanced" in oracle else oracle["balanced@shape"]
+    size = int(shape[-2]), int(shape[-1])
     grey = resize_grey(oracle["image_u8"], size)
     step = size[0] // oracle["resized_image"].shape[0]
     yield exact("resized_image", grey[::step, ::step], oracle["resized_image"])

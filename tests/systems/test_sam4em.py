@@ -1,12 +1,12 @@
 """SAM4EM as a system: targets, stages, sizes, start-up from SAM 2, and learning on the phantom."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from emjax.data.phantom import PhantomConfig, make_phantom
@@ -37,8 +37,13 @@ CONFIG = sam4em.Config(
 )
 
 
+@functools.cache
+def definition(model):
+    return define(lambda rngs: network.SAM4EM(model, rngs))
+
+
 def shapes(config):
-    return define(lambda rngs: sam4em.build(config, rngs)).shapes
+    return definition(config.model).shapes
 
 
 def test_targets_are_one_mask_per_class():
@@ -224,37 +229,48 @@ def phantom_batch():
     return {"image": jnp.asarray(phantom.raw[None, 2:5]), "labels": jnp.asarray(labels[None])}
 
 
+def test_first_prompt():
+    model = definition(CONFIG.model).bind(initialise(lambda rngs: sam4em.build(CONFIG, rngs), jax.random.key(0)))
+    features = jnp.zeros((1, 8, 16, 16))
+    truth = jnp.zeros((1, 64, 128, 2)).at[:, :32].set(1.0)
+    halved = dataclasses.replace(CONFIG, shrink=2, first_mask="truth")
+    given = sam4em.initial_state(halved, model, features, truth).prompt
+    assert given.shape == (1, 32, 64, 2)
+    assert given[0, :16].min() == 1
+    assert given[0, 16:].max() == 0
+    assert sam4em.initial_state(halved, model, features).prompt.max() == 0
+    empty = dataclasses.replace(halved, first_mask="empty")
+    assert sam4em.initial_state(empty, model, features, truth).prompt.max() == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("first_mask", ["empty", "predicted", "truth"])
-def test_a_few_steps_lower_the_loss(first_mask):
+def test_a_few_steps_lower_the_loss():
     model = dataclasses.replace(MODEL, classes=1)
     config = dataclasses.replace(
-        CONFIG, model=model, classes=(sam4em.Class(name="mitochondria"),), first_mask=first_mask
+        CONFIG, model=model, classes=(sam4em.Class(name="mitochondria"),), first_mask="predicted"
     )
     sam4em.validate(config)
     batch = phantom_batch()
     build = lambda rngs: sam4em.build(config, rngs)  # noqa: E731
-    definition, collections = define(build), jax.jit(lambda key: initialise(build, key))(jax.random.key(0))
-    optimizer = optax.adam(3e-3)
+    network_, collections = define(build), initialise(build, jax.random.key(0))
     chosen, frozen = partition(collections["params"], lambda path: sam4em.trainable(config, path))
 
     @jax.jit
-    def step(chosen, statistics, state):
+    def step(chosen, statistics):
         def total(chosen):
             params = join(chosen, frozen)
-            bound = definition.bind(
-                {"params": params, "batch_stats": statistics, "constants": collections["constants"]}
-            )
+            bound = network_.bind({"params": params, "batch_stats": statistics, "constants": collections["constants"]})
             value, scalars = sam4em.loss(config, bound, batch, jax.random.key(1), True)
             return value, (scalars, variables(bound)["batch_stats"])
 
         (value, (scalars, statistics)), gradient = jax.value_and_grad(total, has_aux=True)(chosen)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(chosen, updates), statistics, state, value, scalars
+        # Steps of equal length in all parameters, which compile faster than Adam's.
+        chosen = jax.tree.map(lambda value, slope: value - 2e-3 * jnp.sign(slope), chosen, gradient)
+        return chosen, statistics, value, scalars
 
-    state, statistics, values = optimizer.init(chosen), collections["batch_stats"], []
+    statistics, values = collections["batch_stats"], []
     for _ in range(12):
-        chosen, statistics, state, value, scalars = step(chosen, statistics, state)
+        chosen, statistics, value, scalars = step(chosen, statistics)
         values.append(float(value))
     assert values[-1] < 0.9 * values[0], values
     assert set(scalars) >= {"bce1", "dice2", "iou_mitochondria", "error"}
