@@ -284,13 +284,11 @@ def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, 
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally):
-    """1 - statistic in float64; from exact sums for the mean."""
+def _exact_score(kind, e, count, total, scale, value):
+    """1 - mean from exact sums, or 1 - maximum, in float64."""
     if kind == MEAN:
         return 1.0 - np.float64(total[e]) / (np.float64(count[e]) * scale)
-    if kind == MAX:
-        return 1.0 - np.float64(value[e])
-    return 1.0 - (_quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally) + 0.5) / BINS
+    return 1.0 - np.float64(value[e])
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -476,8 +474,7 @@ def _score_key(score):
 
 @njit(nogil=True, cache=True)
 def _cheapest(
-    node, begin, around, fill, next_segment, tail, parent, flags, key,
-    kind, quantile, count, total, scale, value, start, length, bins, counts, chain, last, tally,
+    node, begin, around, fill, next_segment, tail, parent, flags, key, kind, count, total, scale, value
 ):  # fmt: skip
     """The edge of a node with the smallest (key, number), stale ones scored if it matters; dead ones are dropped."""
     best = NONE
@@ -499,10 +496,7 @@ def _cheapest(
             if k > best_key or (k == best_key and e > best):
                 continue
             if f & STALE:
-                exact = _exact_score(
-                    kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
-                )
-                k = _score_key(exact)
+                k = _score_key(_exact_score(kind, e, count, total, scale, value))
                 key[e] = k
                 flags[e] = f & ~STALE
                 if k > best_key or (k == best_key and e > best):
@@ -521,7 +515,7 @@ def _cheapest(
 
 @njit(nogil=True, cache=True)
 def _agglomerate_canonical(
-    uv, nodes, limit, kind, quantile, key, count, total, scale, value, start, length, bins, counts, chain, last,
+    uv, nodes, limit, kind, key, count, total, scale, value,
     merged_a, merged_b, merged_score, merged_key, flags, score, name, parent,
 ):  # fmt: skip
     """Merges all edges whose key is below ``limit``; returns how many merges.
@@ -547,14 +541,12 @@ def _agglomerate_canonical(
     # Filled when there is a first hub; until then its memory is not touched.
     table = np.empty(size, np.uint32)
     used = np.full(1, -1, np.int64)
-    tally = np.zeros(2 * BINS + 1, np.int64)
+    no_runs = np.empty(0, np.uint32)
     touched = np.empty(nodes + 1, np.uint32)
     best = np.full(nodes + 1, NONE, np.uint32)
     best_key = np.full(nodes + 1, NONE, np.uint32)
     for e in range(edges):
-        k = _score_key(
-            _exact_score(kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally)
-        )
+        k = _score_key(_exact_score(kind, e, count, total, scale, value))
         key[e] = k
         for side in range(2):
             node = uv[e, side]
@@ -598,7 +590,7 @@ def _agglomerate_canonical(
                 if e == NONE or flags[e] & (DEAD | STALE) or key[e] != best_key[at]:
                     e = _cheapest(
                         at, begin, around, fill, next_segment, tail, parent, flags, key,
-                        kind, quantile, count, total, scale, value, start, length, bins, counts, chain, last, tally,
+                        kind, count, total, scale, value,
                     )  # fmt: skip
                     best[at] = e
                     if e != NONE:
@@ -634,11 +626,7 @@ def _agglomerate_canonical(
                 continue
             if flags[e] & STALE:
                 flags[e] &= ~STALE
-                key[e] = _score_key(
-                    _exact_score(
-                        kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
-                    )
-                )
+                key[e] = _score_key(_exact_score(kind, e, count, total, scale, value))
                 if np.uint64(key[e]) < limit:
                     _heap_push(heap, queued, (np.uint64(key[e]) << np.uint64(32)) | np.uint64(e))
                     queued += 1
@@ -647,14 +635,12 @@ def _agglomerate_canonical(
         q = _root(parent, uv[e, 1])
         merged_a[merges] = min(name[p], name[q])
         merged_b[merges] = max(name[p], name[q])
-        merged_score[merges] = _exact_score(
-            kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
-        )
+        merged_score[merges] = _exact_score(kind, e, count, total, scale, value)
         merged_key[merges] = key[e]
         merges += 1
         changed = _merge(
             e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark, table, used,
-            flags, key, kind, True, count, total, value, chain, last, touched,
+            flags, key, kind, True, count, total, value, no_runs, no_runs, touched,
         )  # fmt: skip
         if phase == 0:
             joined = p if parent[p] == p else q
@@ -670,9 +656,7 @@ def _agglomerate_canonical(
                 queued += 1
     for e in range(edges):
         if score.size and flags[e] & DEAD == 0:
-            score[e] = _exact_score(
-                kind, quantile, e, count, total, scale, value, start, length, bins, counts, chain, last, tally
-            )
+            score[e] = _exact_score(kind, e, count, total, scale, value)
     return merges
 
 
@@ -829,7 +813,7 @@ def agglomerate(
     *,
     score: str | Score = "mean",
     ties: str = "canonical",
-    discretize_queue: int = 0,
+    discretize_queue: int | None = None,
     remaining: bool = False,
 ) -> MergeTree:
     """Merges the fragments of ``graph``, cheapest edge first, while the score is below ``threshold``.
@@ -838,9 +822,11 @@ def agglomerate(
       graph: from ``region_graph``, with the statistics that the score needs (``parse_score(score).statistics(ties)``).
       threshold: the largest threshold at which the tree will be cut, or several of which the largest counts.
       score: see ``parse_score``; 1 - statistic, so it rises from 0 (surely one object) to 1.
-      ties: "canonical": exact sums, equal scores by edge number; the result depends on the graph only, not on blocks or
-        threads. "waterz": waterz 0.10.1's float32 arithmetic and its order among equal scores, merge for merge.
-      discretize_queue: with ``ties="waterz"``, the number of bins of its queue; 0 for its heap.
+      ties: "canonical": exact sums, and an order among equal scores that depends on the graph only, not on blocks or
+        threads: by edge number for ``mean`` and ``max``. Quantiles count whole bins, so waterz's own order depends on
+        the graph only, and is kept. "waterz": waterz 0.10.1's float32 arithmetic and order, merge for merge.
+      discretize_queue: the number of bins, each first in, first out, of waterz's queue; 0 for its heap. Default: 256
+        for quantiles with ``ties="canonical"`` (one bin for each score there is), else 0.
       remaining: also keep the edges that are left, with their scores.
 
     Returns:
@@ -855,12 +841,15 @@ def agglomerate(
     thresholds = np.atleast_1d(np.asarray(threshold, np.float64))
     if thresholds.size == 0 or np.isnan(thresholds).any():
         raise ValueError(f"threshold is {threshold!r}; expected a number, or several")
+    exact = ties == "canonical" and scoring.kind != QUANTILE
+    if discretize_queue is None:
+        discretize_queue = BINS if ties == "canonical" and not exact else 0
     if isinstance(discretize_queue, bool) or not 0 <= discretize_queue <= LARGEST_QUEUE:
         raise ValueError(
             f"discretize_queue is {discretize_queue!r}; expected 0 or a number of bins up to {LARGEST_QUEUE}"
         )
-    if discretize_queue and ties == "canonical":
-        raise ValueError("discretize_queue is waterz's; expected it with ties='waterz' only")
+    if discretize_queue and exact:
+        raise ValueError("discretize_queue is waterz's; expected it with ties='waterz', or with a quantile score")
     most = float(thresholds.max())
     edges = graph.uv.shape[0]
     if edges > LARGEST_EDGES:
@@ -875,32 +864,35 @@ def agglomerate(
     flags = np.zeros(edges, np.uint8)
     name = np.arange(graph.nodes + 1, dtype=np.uint32)
     parent = name.copy()
-    if ties == "canonical":
+    if exact:
         merged_score = np.empty(merged_a.size, np.float64)
         merged_key = np.empty(merged_a.size, np.uint32)
         limit = np.uint64(min(max(np.ceil(most * KEY_SCALE), 0.0), 2.0**32))
         scores = np.empty(edges if remaining else 0, np.float64)
         merges = _agglomerate_canonical(
-            graph.uv, graph.nodes, limit, scoring.kind, scoring.quantile, key, count, total, float(graph.scale), value,
-            *runs, merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
+            graph.uv, graph.nodes, limit, scoring.kind, key, count, total, float(graph.scale), value,
+            merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
         )  # fmt: skip
         # The merges of a segment come before those that it takes part in, also among equal keys.
         order = np.argsort(merged_key[:merges], kind="stable")
         merged_a, merged_b, merged_score = merged_a[order], merged_b[order], merged_score[order]
         merged_level = merged_key[order] / KEY_SCALE
     else:
+        limit32 = np.float32(most)
+        if ties == "canonical" and limit32 < most:
+            limit32 = np.nextafter(limit32, np.float32(np.inf))
         merged_score = np.empty(merged_a.size, np.float32)
         merged_level = np.empty(merged_a.size, np.float32)
         scores = np.empty(edges, np.float32)
         merges = _agglomerate_waterz(
-            graph.uv, graph.nodes, np.float32(most), scoring.kind, scoring.quantile, key, count, value,
+            graph.uv, graph.nodes, limit32, scoring.kind, scoring.quantile, key, count, value,
             *runs, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
             flags, scores, name, parent,
         )  # fmt: skip
     left_uv = left_score = None
     if remaining:
         left = np.flatnonzero(flags & DEAD == 0)
-        left = left[scores[left] >= (most if ties == "canonical" else np.float32(most))]
+        left = left[scores[left] >= (most if exact else limit32)]
         _follow_all(parent)
         left_uv = np.sort(name[parent[graph.uv[left]]], axis=1)
         left_score = scores[left].astype(np.float64)

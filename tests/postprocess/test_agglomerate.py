@@ -56,14 +56,33 @@ def test_waterz_on_many_fragments_and_hubs():
     assert [(e["u"], e["v"], e["score"]) for e in left] == [(*uv, s) for uv, s in zip(tree.uv, tree.uv_score)]
 
 
-@pytest.mark.parametrize("score", ["mean", "max", "hist_quant_50", "hist_quant_75_initmax"])
+@settings(max_examples=30, deadline=None)
+@given(affinity_volumes(longest=8, uint8=True), st.sampled_from(sorted(set(SCORES) - {"mean"})))
+def test_canonical_quantiles_equal_waterz_with_256_bins(affinities, score):
+    fragments = watershed(affinities, 0.0001, 0.9)
+    graph = region_graph(affinities, fragments, ("histogram", "max"))
+    for queue in (None, 0):
+        options = {"fragments": fragments, "scoring_function": SCORES[score]}
+        expected = waterz_agglomerate(affinities, [0.3, 0.6], discretize_queue=0 if queue == 0 else 256, **options)
+        tree = agglomerate(graph, 0.6, score=score, discretize_queue=queue)
+        for threshold, segmentation in zip((0.3, 0.6), expected):
+            np.testing.assert_array_equal(apply(tree.cut(threshold), fragments), segmentation)
+
+
+@pytest.mark.parametrize("score", ["mean", "max"])
 @pytest.mark.parametrize("uint8", [False, True])
 def test_canonical_is_greedy_whatever_the_order_of_work(score, uint8, monkeypatch):
     graph = noisy_graph(8, (6, 24, 24), uint8)
     tree = agglomerate(graph, 0.7, score=score)
+    np.testing.assert_array_equal(tree.cut(), greedy(graph, 0.7, score))
+
+
+@pytest.mark.parametrize("score", ["mean", "max", "hist_quant_50", "hist_quant_75_initmax"])
+@pytest.mark.parametrize("uint8", [False, True])
+def test_cut_is_what_a_smaller_threshold_gives(score, uint8):
+    graph = noisy_graph(8, (6, 24, 24), uint8)
+    tree = agglomerate(graph, 0.7, score=score)
     assert np.all(np.diff(tree.level) >= 0)
-    expected = greedy(graph, 0.7, score)
-    np.testing.assert_array_equal(tree.cut(), expected)
     for threshold in (0.1, 0.3, 0.5, 0.69):
         np.testing.assert_array_equal(tree.cut(threshold), agglomerate(graph, threshold, score=score).cut())
 
@@ -75,20 +94,14 @@ def greedy(graph, threshold, score):
     for e, (u, v) in enumerate(graph.uv.tolist()):
         if parsed.kind == parse_score("mean").kind:
             values = np.array([graph.sum[e], graph.count[e]], object)
-        elif parsed.kind == parse_score("max").kind or parsed.initial_maximum:
-            values = [graph.max[e]]
         else:
-            runs = slice(graph.histograms.start[e], graph.histograms.start[e + 1])
-            values = np.repeat(graph.histograms.bins[runs], graph.histograms.counts[runs]).tolist()
+            values = [graph.max[e]]
         edges[(u, v)] = (e, values)
 
     def cost(values):
         if parsed.kind == parse_score("mean").kind:
             return 1 - values[0] / (float(values[1]) * graph.scale)
-        if parsed.kind == parse_score("max").kind:
-            return 1 - float(max(values))
-        bins = sorted(values) if not parsed.initial_maximum else sorted(min(int(v * 256), 255) for v in values)
-        return 1 - (bins[parsed.quantile * len(bins) // 100] + 0.5) / 256
+        return 1 - float(max(values))
 
     key = {pair: (int(cost(values) * 2**31), e) for pair, (e, values) in edges.items()}
     segment = np.arange(graph.nodes + 1)
