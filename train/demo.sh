@@ -22,5 +22,6 @@ said "the untrained network's score, to compare with"
 python -m emjax.evaluate --segmentation "$folder/untrained.zarr" --labels "$folder/test.zarr/labels" --json "$folder/untrained.json"
 said "the trained network's score"
 python -m emjax.evaluate --segmentation "$folder/run.zarr" --labels "$folder/test.zarr/labels" \
-  --image "$folder/test.zarr/raw" --json "$folder/run.json" --report "$folder/report"
+  --image "$folder/test.zarr/raw" --affinities "$folder/run.prediction.zarr" \
+  --json "$folder/run.json" --report "$folder/report"
 said "done: open $folder/report/index.html"

@@ -41,6 +41,8 @@ def get_config(variant: str = "") -> Experiment:
             offsets=OFFSETS,
             widen_borders=(3, 3, 3),
             plan=Block(size=(32, 96, 96), stride=(16, 48, 48), blending="gaussian"),
+            # A network this briefly trained draws wide membranes, which break into crumbs.
+            segmentation=affinity_unet.Segmentation(regrow=30, threshold=0.8),
         ),
         data=Data(
             train=(_source("train"),),
