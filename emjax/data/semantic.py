@@ -76,7 +76,7 @@ def open_classes(classes: Sequence[ClassVolume], voxel_size: Any = None) -> Volu
     """
     if not classes:
         raise UserError("labels: an empty list of classes; expected at least one, or None for a volume without labels")
-    parts = []
+    parts: list[tuple[ClassVolume, Volume]] = []
     for one in classes:
         volume = open_volume(one.volume, voxel_size=voxel_size).require_axes("zyx")
         if volume.dtype.kind not in "iub":

@@ -144,8 +144,9 @@ def hidden(config: Config, clean: jax.Array, key: jax.Array) -> tuple[jax.Array,
     """Slices (n, y, x) with hidden blocks, and which cells are hidden, bool (n, y / 4, x / 4); each drawn by itself."""
 
     def one(slice_: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        draws = draw(key, (1, *slice_.shape), config.shapes, config.ratio)
-        seen = visible(draws, (1, *slice_.shape), config.shapes)
+        shape = (1, slice_.shape[0], slice_.shape[1])
+        draws = draw(key, shape, config.shapes, config.ratio)
+        seen = visible(draws, shape, config.shapes)
         return hidden_patch(slice_[None], draws, config.shapes, config.fill)[0], ~seen[0, ::CELL, ::CELL]
 
     return jax.vmap(one)(clean, jax.random.split(key, len(clean)))

@@ -1,7 +1,8 @@
 """SAM4EM over whole volumes: tiles in plane, slices one after the other, memory carried along z.
 
 Every tile has its own memory and its own mask prompt, which begin anew with the volume and go from slab to slab, so that
-the length of a slab changes nothing. Probabilities of overlapping tiles are blended. The published code has no inference.
+the length of a slab changes nothing. Probabilities of overlapping tiles are blended. The device holds ``batch`` tiles, the
+host the memories of all tiles of a plane and the probabilities of a slab. The published code has no inference.
 """
 
 import dataclasses
@@ -56,9 +57,9 @@ class Plan:
 
 def plan_of(block: Block, multiple: int, batch: int = 1) -> Plan:
     """The plan that a block of prediction says: size and stride in plane, slices of a slab."""
-    slab, *tile = block.size
-    overlap = [size - stride for size, stride in zip(tile, block.stride[1:])]
-    return Plan(tile=tuple(tile), overlap=tuple(overlap), slab=slab, batch=batch, multiple=multiple)
+    slab, height, width = block.size
+    overlap = (height - block.stride[1], width - block.stride[2])
+    return Plan(tile=(height, width), overlap=overlap, slab=slab, batch=batch, multiple=multiple)
 
 
 def _line(size: int, tile: int, overlap: int, multiple: int) -> tuple[int, list[int]]:
@@ -196,7 +197,8 @@ class Stack:
         for numbers, state in zip(self.groups, states):
             tiles = jnp.asarray(self.tiles.cut(grey, self._filled(numbers)))
             state, found = self._advance(self.net.collections, state, tiles)
-            after.append(state)
+            # Kept on the host: a plane of many tiles has more memory than a device.
+            after.append(jax.device_get(state))
             values = np.moveaxis(np.asarray(found)[: end - begin], -1, 0)
             for place, number in enumerate(numbers):
                 rows, columns = self.tiles.window(number)

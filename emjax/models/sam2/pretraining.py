@@ -1,5 +1,7 @@
 """SAM 2's image encoder with a light head that restores what is hidden from it (masked pretraining)."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ class MaskedEncoder(nnx.Module):
     """
 
     def __init__(self, config: SAM2Config, width: int, outputs: int, rngs: nnx.Rngs):
-        rngs = Keys(rngs)
+        rngs = cast(nnx.Rngs, Keys(rngs))
         self.image_encoder = ImageEncoder(config, rngs)
         levels = len(config.hiera.stages)
         self.project = nnx.List([linear(config.features, width, "float32", rngs) for _ in range(levels)])
