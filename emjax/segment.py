@@ -79,8 +79,9 @@ def main(arguments: list[str]) -> int:
         _write(places, merges, thresholds, options, replace=True)
         return cli.DONE
     system = system_of(config) if config is not None else None
-    if hasattr(system, "refuse_segmentation"):
-        system.refuse_segmentation(config)
+    refuse = getattr(system, "refuse_segmentation", None)
+    if refuse is not None:
+        refuse(config)
     if hasattr(system, "segment_volume"):
         _stream(config, options, places)
         return cli.DONE
