@@ -183,9 +183,12 @@ def curve_svg(curve: Sequence[Mapping[str, float]], marked: float | None) -> str
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = (x - xs[0]) / (xs[-1] - xs[0])
-        return left + share * (width - left - right), height - bottom - min(y / most, 1.0) * (height - top - bottom)
+        return left + share * (width - left - right), height - bottom - y / most * (height - top - bottom)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="VOI over the threshold" class="curve">']
+    # Curves leave the frame at its top instead of running along it.
+    frame = f'x="{left}" y="{top}" width="{width - left - right}" height="{height - top - bottom + 1}"'
+    parts.append(f'<clipPath id="frame"><rect {frame}/></clipPath>')
     for tick in _ticks(most):
         _, y = at(xs[0], tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -204,7 +207,7 @@ def curve_svg(curve: Sequence[Mapping[str, float]], marked: float | None) -> str
     ends = sorted(series, key=lambda entry: -float(curve[-1][entry[0]]))
     for key, name, css in series:
         line = " ".join("{:.1f},{:.1f}".format(*at(x, float(point[key]))) for x, point in zip(xs, curve))
-        parts.append(f'<polyline class="{css}" points="{line}"/>')
+        parts.append(f'<polyline class="{css}" clip-path="url(#frame)" points="{line}"/>')
         for x, point in zip(xs, curve):
             if float(point[key]) <= most:
                 px, py = at(x, float(point[key]))
@@ -213,7 +216,7 @@ def curve_svg(curve: Sequence[Mapping[str, float]], marked: float | None) -> str
                     f"<title>threshold {x:g}: {name} {float(point[key]):.4f} bits</title></circle>"
                 )
     for key, name, css in ends:
-        _, y = at(xs[-1], float(curve[-1][key]))
+        _, y = at(xs[-1], min(float(curve[-1][key]), most))
         y = max(y, lowest_label + 15)
         lowest_label = y
         parts.append(f'<text class="{css}" x="{width - right + 8}" y="{y + 4:.1f}">{html.escape(name)}</text>')
