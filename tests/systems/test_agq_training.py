@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from scipy.ndimage import maximum_filter, minimum_filter
 
 from emjax.config import Optimizer
 from emjax.metrics import contingency, variation_of_information
@@ -16,7 +15,7 @@ from emjax.systems.protocol import Block
 from emjax.training import optimizers
 
 SIZE = (3, 49, 49)
-STEPS = 400
+STEPS = 160
 
 
 def neurites(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +45,7 @@ def test_one_block_is_learned_by_heart():
             learned=6,
             min_area=20,
         ),
-        criterion=LossConfig(instances=8, samples=512),
+        criterion=LossConfig(instances=8, samples=256),
         plan=Block(size=SIZE, stride=(2, 48, 48), blending="linear"),
     )
     agq.validate(config)
@@ -77,6 +76,15 @@ def test_one_block_is_learned_by_heart():
         losses.append(float(value))
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.3 * losses[0]
+    # Running values of kernels and logits move by a hundredth each step, too slowly for so short a run: one more step
+    # without learning says where they would end.
+    _, moved, _, _ = step(params, statistics, state, jax.random.key(2))
+
+    def settled(path, before, after):
+        slow = any("norm_kernel" in str(part) or "norm_logits" in str(part) for part in path)
+        return before + (after - before) / (0.01 if slow else 0.1)
+
+    statistics = jax.tree_util.tree_map_with_path(settled, statistics, moved)
     learned = collections | {"params": params, "batch_stats": statistics}
     outputs = jax.jit(lambda variables, image: agq.predict(config, definition.bind(variables), image))(
         learned, batch["image"]
@@ -89,7 +97,5 @@ def test_one_block_is_learned_by_heart():
         },
     )
     truth = np.asarray(agq.targets(config, batch).labels[0])
-    # Masks have half the resolution: the outermost voxels of an object cannot be told from membrane exactly.
-    inner = np.stack([minimum_filter(section, 3) == maximum_filter(section, 3) for section in truth])
-    score = variation_of_information(contingency(found, truth, inner))
+    score = variation_of_information(contingency(found, truth))
     assert score.sum < 0.05
