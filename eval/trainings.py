@@ -47,7 +47,13 @@ def train(spec: str, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Ex
     arguments = ["--config", spec, "--workdir", str(workdir), *(f"--config.{text}" for text in overrides)]
     print("python -m emjax.train " + " ".join(arguments), flush=True)
     known = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "gflop": None}
-    start, said = time.monotonic(), []
+    before, start, said = known["seconds"], time.monotonic(), []
+
+    def keep() -> None:
+        known["seconds"] = before + time.monotonic() - start
+        if workdir.is_dir():
+            record.write_text(json.dumps(known))
+
     with subprocess.Popen(
         [sys.executable, "-m", "emjax.train", *arguments], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -56,9 +62,9 @@ def train(spec: str, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Ex
             said = [*said[-20:], line]
             if (found := re.search(r"one step: ([\d,.]+) GFLOP", line)) is not None:
                 known["gflop"] = float(found[1].replace(",", ""))
-    known["seconds"] += time.monotonic() - start
-    if workdir.is_dir():
-        record.write_text(json.dumps(known))
+            # Often, so that an evaluation that is killed knows what its training has taken.
+            keep()
+    keep()
     if process.returncode:
         sys.exit(
             f"{''.join(said)}\ntraining of {workdir} ended with code {process.returncode}; the same command goes on"

@@ -2,10 +2,11 @@
 
     python eval/bench/memory.py --checkpoint runs/segneuron/finetune                # 512 x 512 x 512 voxels
     python eval/bench/memory.py --checkpoint runs/agq/agq_cpu --shape 256,512,512 --kills 60,120
+    python eval/bench/memory.py --fresh configs/segneuron/finetune.py:debug --shape 128,256,256   # without a training
 
 Writes a volume (synthetic neuropil, mirrored to the wanted size, slab by slab), runs ``python -m emjax.segment`` on it
 with the given memory limits, kills it with SIGKILL after each of ``--kills`` seconds and starts the same command again,
-until it is done. Prints and writes the peak resident memory and the time of each attempt, and checks that every voxel
+until it is done. Other arguments go to ``emjax.segment``. Prints and writes the peak resident memory and the time of each attempt, and checks that every voxel
 of the result has been written. Scores mean nothing here.
 """
 
@@ -13,16 +14,21 @@ import argparse
 import math
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 
+from emjax.config import load
 from emjax.data.phantom import PhantomConfig, make_phantom
 from emjax.data.volume import create_volume, is_complete, open_volume
 from emjax.inference.options import byte_size
+from emjax.training.checkpoints import Checkpoints
+from emjax.training.state import fresh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -50,6 +56,18 @@ def write_image(path: pathlib.Path, shape: tuple[int, int, int]) -> None:
             out[start : start + 64] = raw[np.ix_(z[start : start + 64], y, x)]
 
 
+def fresh_run(spec: str, workdir: pathlib.Path) -> pathlib.Path:
+    """A work directory with a checkpoint of random weights."""
+    experiment = load(spec)
+    state = jax.jit(lambda key: fresh(experiment, key))(jax.random.key(0))
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True)
+    checkpoints = Checkpoints(workdir, experiment)
+    checkpoints.save(1, state)
+    checkpoints.close()
+    return workdir
+
+
 def attempt(command: list[str], kill_after: float | None) -> tuple[int, float, float]:
     """Exit code, peak resident memory (GB) and seconds of one start of the command."""
     begin, peak = time.monotonic(), 0.0
@@ -71,21 +89,24 @@ def attempt(command: list[str], kill_after: float | None) -> tuple[int, float, f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="work directory of a run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="work directory of a run")
+    source.add_argument("--fresh", metavar="FILE.py[:variant]", help="a network with random weights instead")
     parser.add_argument("--shape", type=triple, default=(512, 512, 512), help="z,y,x (default: %(default)s)")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/memory"), help="default: %(default)s")
     parser.add_argument("--memory", default="1GB", help="working memory for blocks (default: %(default)s)")
     parser.add_argument("--kills", default="60", help="seconds after which attempts are killed; empty for none")
     parser.add_argument("--output", type=pathlib.Path, help="also write the table here")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     name = "x".join(map(str, options.shape))
     image, labels = options.folder / f"image_{name}.zarr", options.folder / f"labels_{name}.zarr"
     if not (image.exists() and is_complete(str(image))):
         write_image(image, options.shape)
-    command = [sys.executable, "-m", "emjax.segment", "--checkpoint", options.checkpoint, "--which", "latest"]
+    checkpoint = options.checkpoint or str(fresh_run(options.fresh, options.folder / "fresh"))
+    command = [sys.executable, "-m", "emjax.segment", "--checkpoint", checkpoint, "--which", "latest"]
     command += ["--input", str(image), "--output", str(labels)]
-    command += ["--memory", options.memory, "--memory-whole", options.memory, "--threads", "1"]
+    command += ["--memory", options.memory, "--memory-whole", options.memory, "--threads", "1", *more]
     kills: list[float | None] = [float(text) for text in options.kills.split(",") if text]
     voxels = math.prod(options.shape)
     lines = [

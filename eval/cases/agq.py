@@ -477,13 +477,13 @@ def optimizer_case(path: pathlib.Path) -> Iterator[Row]:
 
 
 CASES = {
-    "manifest.json": Case(manifest),
+    "manifest*.json": Case(manifest),
     "eval_*.npz": Case(evaluation),
     "loss_*.npz": Case(criterion_case),
-    "train_step.npz": Case(train_step),
-    "targets.npz": Case(targets_case),
-    "block_postprocess.npz": Case(block_case),
-    "volume_merge.npz": Case(merge_case),
-    "metrics.npz": Case(metrics_case),
-    "optimizer.npz": Case(optimizer_case),
+    "train_step*.npz": Case(train_step),
+    "targets*.npz": Case(targets_case),
+    "block_postprocess*.npz": Case(block_case),
+    "volume_merge*.npz": Case(merge_case),
+    "metrics*.npz": Case(metrics_case),
+    "optimizer*.npz": Case(optimizer_case),
 }

@@ -171,6 +171,22 @@ def test_convolution_statistics_are_those_of_each_volume():
     assert np.abs(np.asarray(together.query_features - both.query_features)).max() > 1e-4
 
 
+def test_statistics_do_not_depend_on_the_devices():
+    labels = jnp.asarray(np.stack([boxes(3), boxes(41)]))
+    one, one_moved = network(SMALL)(weights(), fused(2), labels, True)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    both, both_moved = network(SMALL)(
+        jax.device_put(weights(), everywhere), jax.device_put(fused(2), over), jax.device_put(labels, over), True
+    )
+    # Kernels and logits: the whole batch over all devices; convolutions: each volume, averaged.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one_moved, both_moved)
+    np.testing.assert_allclose(one.query_features, both.query_features, atol=1e-5)
+    for plain, split in zip(one.stages, both.stages):
+        np.testing.assert_allclose(plain.masks, split.masks, atol=2e-5)
+
+
 def test_gradients_are_finite_and_equal_with_and_without_slots():
     labels = jnp.asarray(boxes(2))[None]
 
