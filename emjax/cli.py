@@ -28,8 +28,10 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
     """Runs a command and exits with 0 done, 1 failed work, 2 wrong use; errors are one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for chatty in ("jax", "orbax", "absl", "grain"):
+    for chatty in ("jax", "orbax", "grain"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Orbax warns of a metadata file that it reads before it looks whether there is one.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         code = main(arguments) or DONE
     except UserError as error:
