@@ -22,7 +22,7 @@ network is exactly the published one. The published code does otherwise in place
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from emjax.models.layers.lora import LoRA
 from emjax.models.layers.norm import MaskedBatchNorm
 from emjax.models.layers.position import pixel_position, sine_position
 from emjax.models.layers.resize import resize
-from emjax.models.sam2.blocks import MLP, Keys, Upsampling, convolution, gelu, layer_norm
+from emjax.models.sam2.blocks import MLP, Upsampling, convolution, counted, gelu, layer_norm
 from emjax.models.sam2.config import HIERA, HieraConfig, SAM2Config
 from emjax.models.sam2.mask_decoder import TwoWayTransformer
 from emjax.models.sam2.neck import EncodedImage, ImageEncoder
@@ -386,7 +386,7 @@ class SAM4EM(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
-        rngs = cast(nnx.Rngs, Keys(rngs))
+        rngs = counted(rngs)
         self.image_encoder = ImageEncoder(config.encoder, rngs)
         self.fpn = Enhancer(config.features, config.dtype, rngs)
         if config.memory.update != "none":

@@ -59,6 +59,18 @@ def unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.unpackbits(bits)[: math.prod(shape)].reshape(shape)
 
 
+def _as_cut(oracle: dict, name: str, prompts: list) -> np.ndarray:
+    """The second prompt, which no stored mask tells exactly.
+
+    It is made of the first mask, whose logits are cut at zero. Those within the tolerance of zero may be cut either way;
+    one of them decides about one place of the map alone, where the way that was recorded is taken.
+    """
+    without, with_them = (channels_first(prompt) for prompt in prompts)
+    stored = oracle[name].mean(1) if name in oracle else oracle[f"{name}@mean_channel"]
+    nearer = np.abs(with_them.mean(1) - stored) < np.abs(without.mean(1) - stored)
+    return np.where(nearer[:, None], with_them, without)
+
+
 @precise
 def forward(path: pathlib.Path) -> Iterator[Row]:
     """Encoder, enhancer, then slice by slice, each prompted with the stored mask of the slice before.
@@ -77,9 +89,16 @@ def forward(path: pathlib.Path) -> Iterator[Row]:
         encoded = model.image_encoder(system.normalised(grey.astype(jnp.float32) / 255, config.normalisation))
         return encoded, model.positions(encoded), model.fuse(encoded)
 
+    spread = float(np.std(oracle["mask1"] if "mask1" in oracle else oracle["mask1@value"]))
+
     @jax.jit
     def segment(collections, state, features):
-        return definition.bind(collections).segment(state, features)
+        model = definition.bind(collections)
+        state, one = model.segment(state, features)
+        size = height // 4 * 16, width // 4 * 16
+        logits = one.first.masks
+        cut = [(logits > limit).astype(jnp.float32) for limit in (MODULE * spread, -MODULE * spread)]
+        return state, one, [model.prompt_encoder2(size, masks=mask)[1] for mask in cut], (cut[0] != cut[1]).mean()
 
     encoded, positions, fused = encode(collections, stack)
     got = {f"stage{i + 1}": channels_first(x) for i, x in enumerate(encoded.stages)}
@@ -93,17 +112,18 @@ def forward(path: pathlib.Path) -> Iterator[Row]:
         shape = [*shape[:2], int(oracle["grid"]), int(oracle["grid"])]
         slots = weights(path, int(oracle["seed"]), {"sam.mem.memory": shape})["sam.mem.memory"]
         state = state._replace(slots=jnp.moveaxis(jnp.asarray(slots), 1, -1)[None])
-    found, shares = [], []
+    found, shares, undecided = [], [], []
     for i in range(count):
         if i:
             shares.append(float((np.asarray(state.prompt)[0, ..., 0] != stored[i]).mean()))
         state = state._replace(prompt=jnp.asarray(stored[i], jnp.float32)[None, ..., None])
-        state, one = segment(collections, state, fused[i : i + 1])
+        state, one, second_prompts, share = segment(collections, state, fused[i : i + 1])
+        undecided.append(float(share))
         found.append(one)
         got |= {
             f"slice{i}/memory_enhanced": channels_first(one.remembered),
             f"slice{i}/dense_prompt": channels_first(one.first_prompt),
-            f"slice{i}/dense_prompt_second": channels_first(one.second_prompt),
+            f"slice{i}/dense_prompt_second": _as_cut(oracle, f"slice{i}/dense_prompt_second", second_prompts),
             # Products of output tokens and image tokens, which the published decoder returns and nothing uses.
             f"slice{i}/mask_feature1": np.einsum("btc,bpc->btp", one.first.tokens, one.first.image),
             f"slice{i}/iou1": one.first.ious,
@@ -122,6 +142,7 @@ def forward(path: pathlib.Path) -> Iterator[Row]:
     names = {key.split("@")[0] for key in oracle}
     for name in sorted(names & set(got)):
         yield from rows(path, oracle, name, got[name], MODULE)
+    yield bound("first masks, undecided", max(undecided), OTHER_SIDE, "share of pixels within the tolerance of zero")
     for i, share in enumerate(shares, 1):
         yield bound(f"slice{i}/prompt_mask, own", share, OTHER_SIDE, "share of other pixels")
     inputs = {

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.small_sam4em import drawn
 
 from emjax.data.phantom import PhantomConfig, make_phantom
 from emjax.errors import UserError
 from emjax.models import sam4em as network
-from emjax.models.functional import define, initialise, join, partition, paths, variables
+from emjax.models.functional import define, join, partition, paths, variables
 from emjax.models.layers.lora import LoRA
 from emjax.models.sam2.config import HieraConfig, SAM2Config
 from emjax.models.sam2.model import SAM2
@@ -230,7 +231,7 @@ def phantom_batch():
 
 
 def test_first_prompt():
-    model = definition(CONFIG.model).bind(initialise(lambda rngs: sam4em.build(CONFIG, rngs), jax.random.key(0)))
+    model = definition(CONFIG.model).bind(drawn(shapes(CONFIG)))
     features = jnp.zeros((1, 8, 16, 16))
     truth = jnp.zeros((1, 64, 128, 2)).at[:, :32].set(1.0)
     halved = dataclasses.replace(CONFIG, shrink=2, first_mask="truth")
@@ -251,15 +252,16 @@ def test_a_few_steps_lower_the_loss():
     )
     sam4em.validate(config)
     batch = phantom_batch()
-    build = lambda rngs: sam4em.build(config, rngs)  # noqa: E731
-    network_, collections = define(build), initialise(build, jax.random.key(0))
+    collections = drawn(shapes(config))
     chosen, frozen = partition(collections["params"], lambda path: sam4em.trainable(config, path))
 
     @jax.jit
     def step(chosen, statistics):
         def total(chosen):
             params = join(chosen, frozen)
-            bound = network_.bind({"params": params, "batch_stats": statistics, "constants": collections["constants"]})
+            bound = definition(model).bind(
+                {"params": params, "batch_stats": statistics, "constants": collections["constants"]}
+            )
             value, scalars = sam4em.loss(config, bound, batch, jax.random.key(1), True)
             return value, (scalars, variables(bound)["batch_stats"])
 
