@@ -47,7 +47,7 @@ def train(spec: str, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Ex
     arguments = ["--config", spec, "--workdir", str(workdir), *(f"--config.{text}" for text in overrides)]
     print("python -m emjax.train " + " ".join(arguments), flush=True)
     known = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "gflop": None}
-    before, start, said = known["seconds"], time.monotonic(), []
+    before, start = known["seconds"], time.monotonic()
 
     def keep() -> None:
         known["seconds"] = before + time.monotonic() - start
@@ -59,16 +59,14 @@ def train(spec: str, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Ex
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            said = [*said[-20:], line]
+            print(line, end="", flush=True)
             if (found := re.search(r"one step: ([\d,.]+) GFLOP", line)) is not None:
                 known["gflop"] = float(found[1].replace(",", ""))
             # Often, so that an evaluation that is killed knows what its training has taken.
             keep()
     keep()
     if process.returncode:
-        sys.exit(
-            f"{''.join(said)}\ntraining of {workdir} ended with code {process.returncode}; the same command goes on"
-        )
+        sys.exit(f"training of {workdir} ended with code {process.returncode}; the same command goes on")
     return experiment
 
 
