@@ -444,9 +444,9 @@ def track_long(path: pathlib.Path) -> Iterator[Row]:
     yield from steps_compared(path, oracle, got, {"image_size", "stack_u8", "seed"})
 
 
-def predictor_network(path: pathlib.Path, seed: int) -> Network:
-    _, collections = network(path, "tiny", seed)
-    return Network(sam2_config("tiny", "2.1"), collections, TrackOptions())
+def predictor_network(path: pathlib.Path, size: str, seed: int) -> Network:
+    _, collections = network(path, size, seed)
+    return Network(sam2_config(size, "2.1"), collections, TrackOptions())
 
 
 @precise
@@ -457,7 +457,7 @@ def video_predictor(path: pathlib.Path) -> Iterator[Row]:
     stack = oracle["stack_u8"]
     height, width = rows_columns
     session = Session(
-        predictor_network(path, int(oracle["seed"])),
+        predictor_network(path, "tiny", int(oracle["seed"])),
         lambda z: stack[z],
         len(stack),
         stack.shape[1:],
@@ -472,8 +472,10 @@ def video_predictor(path: pathlib.Path) -> Iterator[Row]:
         got["prompt/obj1"] = session.add_points(1, 0, [[0.55 * height, 0.4 * width]], [1])
         got["prompt/obj2"] = session.add_mask(2, 1, disc)
         got |= {f"forward/frame{z}": logits for z, logits in session.propagate(0)}
-        points = [[0.3 * height, 0.7 * width], [0.8 * height, 0.2 * width]]
-        got["correct/frame2"] = session.add_points(1, 2, points, [1, 0])
+        points = np.asarray([[0.3 * height, 0.7 * width], [0.8 * height, 0.2 * width]])
+        corrected = next(key.split("@")[0] for key in oracle if key.startswith("correct/frame"))
+        z = int(corrected.removeprefix("correct/frame"))
+        got[corrected] = session.add_points(1, z, points, np.asarray([1, 0]))
         got |= {f"reverse/frame{z}": logits for z, logits in session.propagate(len(stack) - 1, BACKWARD)}
         records = [session.record(1, z) for z in range(len(stack))]
     got = {name: logits[:, None] for name, logits in got.items()}
@@ -485,8 +487,9 @@ def video_predictor(path: pathlib.Path) -> Iterator[Row]:
 @precise
 def image_predictor(path: pathlib.Path) -> Iterator[Row]:
     oracle = load(path)
-    size = (int(path.stem.rsplit("_", 1)[1]),) * 2
-    net = predictor_network(path, int(oracle["seed"]))
+    name, side = path.stem.removeprefix("image_predictor_").rsplit("_", 1)
+    size = (int(side),) * 2
+    net = predictor_network(path, name, int(oracle["seed"]))
     net = dataclasses.replace(net, options=dataclasses.replace(net.options, stability_threshold=None))
     predictor = ImagePredictor(net, oracle["image_u8"], size)
     model = net._definition.bind(net.variables)
