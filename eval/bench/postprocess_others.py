@@ -199,11 +199,11 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, Python {platform.python_version()}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=int, default=6, help="sections of 512 x 512 pixels")
     parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(machine())
     print("first call with an empty cache (compilation), seconds:", flush=True)
     with tempfile.TemporaryDirectory() as cache:
