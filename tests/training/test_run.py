@@ -22,6 +22,7 @@ from emjax.config import Optimizer
 from emjax.errors import UserError
 from emjax.training import loop
 from emjax.training.checkpoints import find, initial_variables, restore_for_inference
+from emjax.training.loading import load_system
 from emjax.training.state import definition
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -155,6 +156,23 @@ def test_a_run_can_start_from_another(uninterrupted, volume):
     _, best = restore_for_inference(uninterrupted[0])
     for ours, theirs in zip(jax.tree.leaves(variables), jax.tree.leaves(best)):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_configuration_of_a_run_can_be_changed_but_not_its_network(uninterrupted):
+    workdir = str(uninterrupted[0])
+    changed, collections = load_system(workdir, "best", ("system.plan.blending=linear", "system.predicted=all"))
+    trained, same = load_system(workdir, "best")
+    plan = dataclasses.replace(trained.plan, blending="linear")
+    assert changed == dataclasses.replace(trained, plan=plan, predicted="all")
+    assert collections is same
+    for text, complaint in (
+        ("system.model.widths=(12,)", "cannot be changed"),
+        ("system.predictd=all", "predicted"),
+        ("train.steps=3", "trained system"),
+        ("system.plan.halo=(9,9,9)", "leave gaps"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            load_system(workdir, "best", (text,))
 
 
 def test_checkpoint_of_another_model_is_refused(uninterrupted, volume, tmp_path):
