@@ -5,7 +5,7 @@ system: ``system_of(config).build(config, rngs)``. To add one, write a module wi
 
 More are optional. ``compose(config)`` gives the function ``(sampler, generator) -> sample`` that makes training
 samples, where one augmented crop is not all. ``inherits(config, other)`` says which parameters a run takes over from a
-run of another system (``train.init_from``). ``pretrained(config)`` gives parameters that a fresh run starts from (a
+run of another system (``train.init_from``). ``pretrained(config)`` gives parameters and constants of a fresh run (a
 nested dict by the network's paths; the others are fresh), such as a published encoder's. ``domain(config, voxel_size)`` gives a warning for volumes of a voxel size
 that the system was not made for, or raises. ``refuse_segmentation(config)``, of a system that only prepares another
 (pretraining), raises ``UserError`` before anything is predicted for a segmentation. ``agglomeration(config)``, of a

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from models.small_sam4em import drawn
 
+from emjax.config import Data, Experiment
 from emjax.data.phantom import PhantomConfig, make_phantom
 from emjax.errors import UserError
 from emjax.models import sam4em as network
@@ -19,6 +20,7 @@ from emjax.models.sam2.config import HieraConfig, SAM2Config
 from emjax.models.sam2.model import SAM2
 from emjax.systems import hiera_pretraining, sam4em
 from emjax.systems.protocol import Block
+from emjax.training import state
 from emjax.weights.rules import leaves
 from emjax.weights.sam4em import RULES, export, started_from_sam2
 
@@ -202,18 +204,33 @@ def test_start_from_sam2(first_decoder):
         started_from_sam2(shapes(CONFIG), filled(sam2_shapes(32), 3.0))
 
 
+def test_a_fresh_run_takes_parameters_and_constants(monkeypatch):
+    monkeypatch.setattr(state, "initialise", lambda build, key: drawn(define(build).shapes))
+    model = dataclasses.replace(MODEL, heads=8, features=32, inner=2048)
+    config = dataclasses.replace(CONFIG, model=model)
+    given = started_from_sam2(shapes(config), filled(sam2_shapes(32), 3.0))
+    begun = state.with_given(Experiment(system=config, data=Data(train=())), given)
+    assert {path for tree in begun.values() for path in leaves(tree)} == {
+        path for tree in shapes(config).values() for path in leaves(tree)
+    }
+    matrix = begun["constants"]["prompt_encoder2"]["pe_layer"]["positional_encoding_gaussian_matrix"]
+    assert float(matrix.min()) == 3
+    assert float(begun["params"]["mask_decoder2"]["iou_token"]["embedding"].min()) == 3
+    assert float(jnp.abs(begun["params"]["fpn"]["projection"]["kernel"]).max()) != 3
+
+
 def test_export_scales_adapters_and_merges_the_decoders():
     model = dataclasses.replace(MODEL, classes=1, lora=LoRA(rank=2, alpha=8.0, faithful_halves=True))
     model = dataclasses.replace(model, decoder_lora=LoRA(rank=2))
     config = sam4em.Config(model=model, finetune="stage2")
     collections = filled(shapes(config), 1.0)
-    state = export(collections, model, grid=(8, 8))
+    written = export(collections, model, grid=(8, 8))
     block = "sam.image_encoder.trunk.blocks.0.attn.qkv."
-    assert float(state[f"{block}linear_b_q.weight"].max()) == 4
-    assert float(state[f"{block}linear_a_q.weight"].max()) == 1
-    assert float(state["sam.mask_decoder.transformer.layers.0.self_attn.q_proj.weight"].max()) == 3
-    assert state["sam.mem.memory"].shape == (8, 8, 8, 8)
-    assert not [name for name in state if "lora" in name]
+    assert float(written[f"{block}linear_b_q.weight"].max()) == 4
+    assert float(written[f"{block}linear_a_q.weight"].max()) == 1
+    assert float(written["sam.mask_decoder.transformer.layers.0.self_attn.q_proj.weight"].max()) == 3
+    assert written["sam.mem.memory"].shape == (8, 8, 8, 8)
+    assert not [name for name in written if "lora" in name]
     with pytest.raises(UserError, match="adapters of q and v"):
         export(collections, dataclasses.replace(model, lora=None))
 
