@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 
+from emjax import segment
 from emjax.config import Data, Experiment, Train
 from emjax.data.pipeline import Source
+from emjax.data.volume import open_volume, save_volume
 from emjax.models import sam4em as network
 from emjax.models.functional import initialise
 from emjax.models.layers.lora import LoRA
 from emjax.models.sam2.config import HieraConfig
 from emjax.systems import sam4em
 from emjax.systems.protocol import Block
+from emjax.systems.sam4em_stack import stored
 from emjax.training.checkpoints import Checkpoints
 from emjax.training.state import with_parameters
 
@@ -38,8 +41,7 @@ CONFIG = sam4em.Config(
 
 @pytest.fixture(scope="module")
 def collections():
-    make = jax.jit(lambda key: initialise(lambda rngs: sam4em.build(CONFIG, rngs), key))
-    return make(jax.random.key(0))
+    return initialise(lambda rngs: sam4em.build(CONFIG, rngs), jax.random.key(0))
 
 
 def image_of(shape):
@@ -59,6 +61,29 @@ def test_the_length_of_slabs_changes_nothing(collections):
     assert np.abs(alone[:, 0] - found[0][:, 4]).max() > 1e-4
 
 
+def save_run(folder, source, collections):
+    """A work directory with a checkpoint."""
+    experiment = Experiment(
+        system=CONFIG, data=Data(train=(source,), validation=(source,)), train=Train(steps=1, overlays=0)
+    )
+    checkpoints = Checkpoints(folder, experiment)
+    checkpoints.save(1, with_parameters(experiment, collections), 1.0)
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_segment_writes_what_the_stack_says(collections, tmp_path):
+    image = image_of((5, 32, 32))
+    save_volume(tmp_path / "image.zarr", image, voxel_size=(50, 4, 4))
+    save_run(tmp_path / "run", Source(raw=str(tmp_path / "image.zarr")), collections)
+    given = ["--checkpoint", tmp_path / "run", "--input", tmp_path / "image.zarr", "--output", tmp_path / "labels.zarr"]
+    assert segment.main([str(text) for text in (*given, "--overlays", 0)]) == 0
+    wanted = stored(evaluation.stack_of(CONFIG, collections, image, None).probabilities())
+    np.testing.assert_array_equal(open_volume(str(tmp_path / "labels.prediction.zarr"))[...], wanted)
+    labels = open_volume(str(tmp_path / "labels.zarr"))[...]
+    np.testing.assert_array_equal(labels, sam4em.decode(CONFIG, {"probabilities": wanted}))
+
+
 @pytest.mark.slow
 def test_table_of_a_run(collections, tmp_path, capsys):
     labels = np.zeros((3, 40, 32), np.uint32)
@@ -67,12 +92,7 @@ def test_table_of_a_run(collections, tmp_path, capsys):
         file["raw"], file["labels"] = image_of(labels.shape), labels
         file.attrs["voxel_size_nm"] = (50.0, 4.0, 4.0)
     source = Source(raw=f"{tmp_path}/val.h5:raw", labels=f"{tmp_path}/val.h5:labels", name="val")
-    experiment = Experiment(
-        system=CONFIG, data=Data(train=(source,), validation=(source,)), train=Train(steps=1, overlays=0)
-    )
-    checkpoints = Checkpoints(tmp_path / "run", experiment)
-    checkpoints.save(1, with_parameters(experiment, collections), 1.0)
-    checkpoints.close()
+    save_run(tmp_path / "run", source, collections)
     output = tmp_path / "table.md"
     given = ["--run", str(tmp_path / "run"), "--first-mask", "empty", "--first-mask", "gt", "--blank"]
     assert evaluation.main([*given, "--output", str(output)]) == 0
