@@ -858,7 +858,7 @@ def agglomerate(
     state = np.empty((edges, 4), np.uint32)
     total, value = state.view(np.int64)[:, 0], state.view(np.float32)[:, 0]
     count, key = state[:, 2], state[:, 3]
-    runs = _load_statistics(graph, scoring, ties, count, total, value)
+    start, length, bins, counts, chain, last = _load_statistics(graph, scoring, ties, count, total, value)
     merged_a = np.empty(min(graph.nodes, edges), np.uint32)
     merged_b = np.empty_like(merged_a)
     flags = np.zeros(edges, np.uint8)
@@ -886,7 +886,7 @@ def agglomerate(
         scores = np.empty(edges, np.float32)
         merges = _agglomerate_waterz(
             graph.uv, graph.nodes, limit32, scoring.kind, scoring.quantile, key, count, value,
-            *runs, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
+            start, length, bins, counts, chain, last, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
             flags, scores, name, parent,
         )  # fmt: skip
     left_uv = left_score = None

@@ -61,9 +61,9 @@ class Block:
 
     def with_halo(self, below: int = HALO_BELOW, above: int = HALO_ABOVE) -> "Block":
         """This block and its halo, as far as the volume reaches."""
-        start = tuple(max(a - below, 0) for a in self.start)
-        stop = tuple(min(b + above, n) for b, n in zip(self.stop, self.volume))
-        return Block(start, stop, self.volume)
+        z0, y0, x0 = (max(a - below, 0) for a in self.start)
+        z1, y1, x1 = (min(b + above, n) for b, n in zip(self.stop, self.volume))
+        return Block((z0, y0, x0), (z1, y1, x1), self.volume)
 
 
 def grid(volume: Sequence[int], block: Sequence[int]) -> dict[tuple[int, int, int], Block]:
@@ -74,15 +74,15 @@ def grid(volume: Sequence[int], block: Sequence[int]) -> dict[tuple[int, int, in
     """
     if len(volume) != 3 or len(block) != 3 or min(volume) < 1 or min(block) < 1:
         raise ValueError(f"volume is {tuple(volume)} and block {tuple(block)}; expected three positive lengths each")
-    counts = [-(-n // b) for n, b in zip(volume, block)]
-    shape = tuple(int(n) for n in volume)
+    (depth, height, width), (a, b, c) = (tuple(int(n) for n in sizes) for sizes in (volume, block))
+    shape = (depth, height, width)
     return {
-        place: Block(
-            tuple(p * b for p, b in zip(place, block)),
-            tuple(min((p + 1) * b, n) for p, b, n in zip(place, block, shape)),
+        (z, y, x): Block(
+            (z * a, y * b, x * c),
+            (min((z + 1) * a, depth), min((y + 1) * b, height), min((x + 1) * c, width)),
             shape,
         )
-        for place in itertools.product(*(range(n) for n in counts))
+        for z, y, x in itertools.product(range(-(-depth // a)), range(-(-height // b)), range(-(-width // c)))
     }
 
 
@@ -411,7 +411,7 @@ def face_links(
         (down & high_pending, axis, above, above.start[axis]),
     ):
         place = np.nonzero(there)
-        full = [np.zeros(0)] * 3
+        full = [np.zeros(0, np.int64)] * 3
         full[axis] = np.full(place[0].size, edge)
         for a, index in zip(other, place):
             full[a] = index + block.start[a]
@@ -649,7 +649,8 @@ def segment_blockwise(
     links = []
     for place, number in order.items():
         for axis in range(3):
-            above = order.get(tuple(p + (a == axis) for a, p in enumerate(place)))
+            z, y, x = (p + (a == axis) for a, p in enumerate(place))
+            above = order.get((z, y, x))
             if above is not None:
                 planes = labelled[number][1][axis, 1], labelled[above][1][axis, 0]
                 links.append((number, above, face_links(*planes, axis, (blocks[number], blocks[above]))))

@@ -63,13 +63,14 @@ def connected_components(
         raise ValueError("threshold is NaN; expected a number")
     if channels[0].size > LARGEST_ID:
         raise ValueError(f"affinities has {channels[0].size} voxels; expected at most {LARGEST_ID}")
-    level = np.float32(threshold)
+    level: np.float32 | np.int64 = np.float32(threshold)
     if channels[0].dtype == np.uint8:
         # The largest byte that is not above the threshold: bytes are compared as whole numbers.
         level = np.int64(np.count_nonzero(np.arange(256, dtype=np.float32) / np.float32(255) <= level)) - 1
     flags = np.empty(channels[0].shape, np.uint8)
-    slabs = ranges(flags.shape[0], threads)
-    if any(each(lambda z0, z1: _flag_above(*channels, level, flags, z0, z1), slabs, threads)):
+    az, ay, ax = channels
+    slabs = ranges(len(flags), threads)
+    if any(each(lambda z0, z1: _flag_above(az, ay, ax, level, flags, z0, z1), slabs, threads)):
         raise ValueError(f"affinities holds NaN {_first_nan(channels)}; expected numbers")
     return _label(flags, threads)[0]
 

@@ -131,8 +131,8 @@ def _sum_edges(graphs: Sequence[Graph]) -> Graph:
         histograms = _sum_histograms([graph.histograms for graph in graphs], kept, starts)
     if first.size is not None:
         size = np.zeros(nodes + 1, np.int64)
-        for graph in graphs:
-            size[: graph.size.size] += graph.size
+        for part in (graph.size for graph in graphs if graph.size is not None):
+            size[: part.size] += part
     return Graph(
         nodes=nodes,
         uv=np.stack([(key >> np.uint64(32)), key & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32),
@@ -518,8 +518,8 @@ def region_graph(
     )
     del place
 
-    bounds = np.searchsorted(start, [total * part // threads for part in range(1, threads)])
-    bounds = [0, *(int(bound) for bound in np.minimum(bounds, nodes + 1)), nodes + 1]
+    shares = np.searchsorted(start, [total * part // threads for part in range(1, threads)])
+    bounds = [0, *(int(bound) for bound in np.minimum(shares, nodes + 1)), nodes + 1]
     buckets = list(itertools.pairwise(bounds))
     degree = np.zeros(nodes + 1, np.int64)
     each(lambda u0, u1: _count_edges(start, edge, u0, u1, nodes, degree), buckets, threads)

@@ -351,12 +351,12 @@ def watershed(
     """
     threads = check_threads(threads)
     channels = nearest_channels(affinities, offsets)
-    low, high = check_limits(low, high)
+    limits = check_limits(low, high)
     if channels[0].size > LARGEST_ID:
         raise ValueError(
             f"affinities has {channels[0].size} voxels; expected at most {LARGEST_ID}: work block by block"
         )
-    flags, plateau_voxels = _flags(channels, low, high, threads)
+    flags, plateau_voxels = _flags(channels, *limits, threads)
     divide_plateaus(flags, plateau_voxels)
     labels, _ = _label(flags, threads)
     return labels
