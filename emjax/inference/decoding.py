@@ -31,7 +31,8 @@ STAGES = {"fragments": True, "faces": True, "join": False, "rename": True, "edge
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(spec: str) -> Volume:
+def _opened(spec: str, plan: str) -> Volume:
+    # By plan too: another one cuts the volumes of the work folder into other chunks.
     return open_volume(spec, allow_incomplete=True)
 
 
@@ -66,7 +67,7 @@ class Work:
         """Outputs (channel, z, y, x) in a box; all, or some."""
         found = {}
         for name in names or tuple(self.outputs):
-            volume = _opened(self.outputs[name])
+            volume = _opened(self.outputs[name], self.plan)
             part = volume[(slice(None), *box.slices)] if volume.ndim == 4 else volume[box.slices][None]
             found[name] = part
         return found
@@ -111,7 +112,7 @@ class BlockStage:
         base = load_arrays(work.side("bases"))
         box = block.with_halo(1, 1)
         labels = work.read(box, (work.decoder.pieces,))[work.decoder.pieces][0]
-        ids = _opened(work.volume("local"))[box.slices].astype(np.int64)
+        ids = _opened(work.volume("local"), work.plan)[box.slices].astype(np.int64)
         # The rim belongs to other blocks, each with its own numbers.
         for other, neighbour in _around(place, work).items():
             part = tuple(
@@ -125,12 +126,12 @@ class BlockStage:
         work = self.work
         with np.load(work.side("tables")) as tables:
             table = tables[name_of(place)]
-        labels = apply(table, _opened(work.volume("local"))[block.slices])
+        labels = apply(table, _opened(work.volume("local"), work.plan)[block.slices])
         open_volume(work.volume("fragments"), writable=True, allow_incomplete=True)[block.slices] = labels
 
     def _edges(self, place: Place, block: Block) -> None:
         box = block.with_halo(1, 0)
-        fragments = _opened(self.work.volume("fragments"))[box.slices]
+        fragments = _opened(self.work.volume("fragments"), self.work.plan)[box.slices]
         graph = self.work.decoder.edges(self.work.read(box), fragments, _lead(box, block))
         save_arrays(self.work.side("edges", place), pack_graph(graph))
 

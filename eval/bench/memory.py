@@ -1,13 +1,15 @@
 """Peak memory of predicting and segmenting a large volume, with kills on the way.
 
-    python eval/bench/memory.py --checkpoint runs/segneuron/finetune                # 512 x 512 x 512 voxels
+    python eval/bench/memory.py --checkpoint runs/segneuron/finetune                            # 512 x 512 x 512 voxels
     python eval/bench/memory.py --checkpoint runs/agq/agq_cpu --shape 256,512,512 --kills 60,120
-    python eval/bench/memory.py --fresh configs/segneuron/finetune.py:debug --shape 128,256,256   # without a training
+    python eval/bench/memory.py --fresh configs/segneuron/finetune.py:debug --shape 128,256,256 # without a training
+    python eval/bench/memory.py --made_up configs/segneuron/finetune.py:local                   # the segmentation alone
 
 Writes a volume (synthetic neuropil, mirrored to the wanted size, slab by slab), runs ``python -m emjax.segment`` on it
 with the given memory limits, kills it with SIGKILL after each of ``--kills`` seconds and starts the same command again,
-until it is done. Other arguments go to ``emjax.segment``. Prints and writes the peak resident memory and the time of each attempt, and checks that every voxel
-of the result has been written. Scores mean nothing here.
+until it is done. Other arguments go to ``emjax.segment``. Prints and writes the peak resident memory and the time of
+each attempt. Scores mean nothing here. ``--made_up`` skips the network: affinities and foreground are made from the
+labels of the synthetic volume, with noise, and only segmented.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import time
 
 import jax
 import numpy as np
+from scipy import ndimage
 
 from emjax.config import load
 from emjax.data.phantom import PhantomConfig, make_phantom
@@ -42,18 +45,48 @@ def triple(text: str) -> tuple[int, int, int]:
     return z, y, x
 
 
+def mirrored(length: int) -> np.ndarray:
+    """Positions in a tile that is mirrored again and again."""
+    place = np.arange(length) % (2 * TILE)
+    return np.minimum(place, 2 * TILE - 1 - place)
+
+
 def write_image(path: pathlib.Path, shape: tuple[int, int, int]) -> None:
     """A synthetic volume of any size, mirrored at multiples of :data:`TILE`."""
     raw = np.asarray(make_phantom(PhantomConfig(shape=(TILE,) * 3, seed=0)).raw)
-
-    def mirrored(length: int) -> np.ndarray:
-        place = np.arange(length) % (2 * TILE)
-        return np.minimum(place, 2 * TILE - 1 - place)
-
     z, y, x = (mirrored(length) for length in shape)
     with create_volume(str(path), shape, np.uint8, voxel_size=(10, 10, 10), chunks=(64, 64, 64)) as out:
         for start in range(0, shape[0], 64):
             out[start : start + 64] = raw[np.ix_(z[start : start + 64], y, x)]
+
+
+def write_prediction(path: pathlib.Path, shape: tuple[int, int, int]) -> None:
+    """Affinities and foreground as SegNeuron predicts them, of the labels of the synthetic volume, with noise."""
+    labels = np.asarray(make_phantom(PhantomConfig(shape=(TILE,) * 3, seed=0)).labels)
+    affinities = np.zeros((3, *labels.shape), np.float32)
+    for axis in range(3):
+        along = np.moveaxis(labels, axis, 0)
+        np.moveaxis(affinities[axis], axis, 0)[1:] = (along[1:] == along[:-1]) & (along[1:] > 0)
+    # Membranes are blurred, as a network's are.
+    smooth = [ndimage.gaussian_filter(channel, 1.0) for channel in (*affinities, (labels > 0).astype(np.float32))]
+    rng = np.random.default_rng(0)
+    z, y, x = (mirrored(length) for length in shape)
+    offsets = [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
+    for name, channels in (("affinities", smooth[:3]), ("foreground", smooth[3:])):
+        attributes = {"scale": 1 / 255, **({"offsets": offsets} if name == "affinities" else {})}
+        with create_volume(
+            f"{path}:{name}",
+            (len(channels), *shape),
+            np.uint8,
+            voxel_size=(10, 10, 10),
+            attributes=attributes,
+            chunks=(1, 64, 64, 64),
+        ) as out:
+            for number, channel in enumerate(channels):
+                for start in range(0, shape[0], 64):
+                    part = channel[np.ix_(z[start : start + 64], y, x)]
+                    part = part + rng.normal(0, 0.02, part.shape).astype(np.float32)
+                    out[number, start : start + 64] = np.rint(255 * np.clip(part, 0, 1)).astype(np.uint8)
 
 
 def fresh_run(spec: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -91,6 +124,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="work directory of a run")
+    source.add_argument(
+        "--made_up", metavar="FILE.py[:variant]", help="segment a made-up prediction, as configured there"
+    )
     source.add_argument("--fresh", metavar="FILE.py[:variant]", help="a network with random weights instead")
     parser.add_argument("--shape", type=triple, default=(512, 512, 512), help="z,y,x (default: %(default)s)")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/memory"), help="default: %(default)s")
@@ -101,11 +137,18 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     name = "x".join(map(str, options.shape))
     image, labels = options.folder / f"image_{name}.zarr", options.folder / f"labels_{name}.zarr"
-    if not (image.exists() and is_complete(str(image))):
-        write_image(image, options.shape)
-    checkpoint = options.checkpoint or str(fresh_run(options.fresh, options.folder / "fresh"))
-    command = [sys.executable, "-m", "emjax.segment", "--checkpoint", checkpoint, "--which", "latest"]
-    command += ["--input", str(image), "--output", str(labels)]
+    command = [sys.executable, "-m", "emjax.segment", "--output", str(labels)]
+    if options.made_up:
+        image = options.folder / f"prediction_{name}.zarr"
+        if not (image.exists() and is_complete(f"{image}:foreground")):
+            write_prediction(image, options.shape)
+        command += ["--config", options.made_up]
+    else:
+        if not (image.exists() and is_complete(str(image))):
+            write_image(image, options.shape)
+        checkpoint = options.checkpoint or str(fresh_run(options.fresh, options.folder / "fresh"))
+        command += ["--checkpoint", checkpoint, "--which", "latest"]
+    command += ["--input", str(image)]
     command += ["--memory", options.memory, "--memory-whole", options.memory, "--threads", "1", *more]
     kills: list[float | None] = [float(text) for text in options.kills.split(",") if text]
     voxels = math.prod(options.shape)

@@ -148,6 +148,15 @@ def test_a_stopped_decoding_goes_on(module, tmp_path, monkeypatch, request):
     )
 
 
+def test_other_blocks_at_the_same_place(agq_prediction, tmp_path):
+    common = arguments_for("agq", agq_prediction, tmp_path / "labels.zarr")
+    run(*common, "--segment-block", "3,40,44")
+    first = open_volume(tmp_path / "labels.zarr")[...]
+    run(*common, "--segment-block", "9,11,13", "--overwrite")
+    assert same_partition(first, open_volume(tmp_path / "labels.zarr")[...])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["agq", "segneuron"])
 def test_processes_share_the_blocks(module, tmp_path, request):
     prediction = request.getfixturevalue(f"{module}_prediction")

@@ -116,6 +116,7 @@ def test_decode_needs_foreground_and_pretraining_does_not_segment():
         segment.main(arguments)
 
 
+@pytest.mark.slow
 def test_tiles_depend_on_neither_batch_nor_devices():
     patch = (5, 16, 32)
     config = segneuron.Config(model=mnet.Config(widths=(2, 2, 3, 3, 4)))
@@ -124,7 +125,7 @@ def test_tiles_depend_on_neither_batch_nor_devices():
     collections = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), definition.shapes)
     tiles = rng.integers(0, 256, (5, *patch), dtype=np.uint8)
     wanted = None
-    for batch, devices in ((1, 1), (3, 1), (2, 2)):
+    for batch, devices in ((1, 1), (4, 2)):
         net = Network(config, collections, patch, batch, devices=jax.local_devices()[:devices])
         found: dict[str, list] = {"affinities": [], "foreground": []}
         for start in range(0, len(tiles), net.batch):
