@@ -67,8 +67,9 @@ def write_prediction(path: pathlib.Path, shape: tuple[int, int, int]) -> None:
     for axis in range(3):
         along = np.moveaxis(labels, axis, 0)
         np.moveaxis(affinities[axis], axis, 0)[1:] = (along[1:] == along[:-1]) & (along[1:] > 0)
-    # Membranes are blurred, as a network's are.
-    smooth = [ndimage.gaussian_filter(channel, 1.0) for channel in (*affinities, (labels > 0).astype(np.float32))]
+    # Membranes some voxels wide and blurred, as a network's are.
+    wide = [ndimage.minimum_filter(channel, (1, 3, 3)) for channel in (*affinities, (labels > 0).astype(np.float32))]
+    smooth = [ndimage.gaussian_filter(channel, 0.7) for channel in wide]
     rng = np.random.default_rng(0)
     z, y, x = (mirrored(length) for length in shape)
     offsets = [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
