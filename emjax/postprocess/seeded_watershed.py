@@ -12,14 +12,14 @@ import numba
 import numpy as np
 from scipy import ndimage
 
-from emjax.postprocess.radix import dense_ranks
+from emjax.postprocess.radix import ordered_keys, packed, radix_sort, sorted_pairs
 from emjax.postprocess.threads import check_threads, each
 from emjax.postprocess.volumes import NEAREST, nearest_channels
 
 BIOIMAGE_LEVELS = 65536
 
 # Marks voxels that no seed may enter.
-_WALL = 2**32 - 1
+_WALL = 2**31 - 1
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _BIT_OF = np.zeros(64, np.int64)
@@ -377,30 +377,63 @@ def _flooded(
 ) -> np.ndarray:
     highest = int(seeds.max())
     if highest >= _WALL:
-        # The kernels hold ids in 4 bytes: number the seeds, flood, and give the ids back.
+        # The kernels hold ids in 31 bits: number the seeds, flood, and give the ids back.
         ids, numbers = np.unique(np.append(seeds.reshape(-1), seeds.dtype.type(0)), return_inverse=True)
         numbers = numbers[:-1].reshape(seeds.shape).astype(np.uint32)
         return ids[_flooded(surface, numbers, mask, connectivity, levels, flooding)]
-    ranks, count = _levels(surface, levels)
     # A wall around the volume saves the tests for its edges.
     inner = (slice(1, -1),) * surface.ndim
     padded = tuple(side + 2 for side in surface.shape)
-    labels, heights = np.full(padded, _WALL, np.uint32), np.empty(padded, np.uint16 if count <= 1 << 16 else np.uint32)
-    labels[inner] = seeds
-    heights[inner] = ranks
+    steps = _steps(padded, connectivity, flooding)
+    cells = np.full(padded, _WALL, np.int32 if np.prod(padded) < 2**30 else np.int64)
+    cells[inner] = seeds
     if mask is not None:
-        labels[inner][mask == 0] = _WALL
-    flat = heights.reshape(-1), labels.reshape(-1), _steps(padded, connectivity, flooding)
-    index = np.int32 if labels.size < 2**31 else np.int64
-    following = np.empty(labels.size, index)
+        cells[inner][mask == 0] = _WALL
+    flat = cells.reshape(-1)
+    ranks = _levels(surface, levels)
     if flooding == "bioimage":
-        _flood_last_in(*flat, np.full(count, -1, index), following)
+        assert ranks is not None
+        heights = np.empty(padded, np.uint16 if ranks[1] <= 1 << 16 else np.uint32)
+        heights[inner] = ranks[0]
+        newest, older = np.full(ranks[1], -1, flat.dtype), np.empty_like(flat)
+        _flood_last_in(heights.reshape(-1), flat, steps, newest, older)
     else:
-        words = -(-count // 64)
-        marks = np.zeros(words, np.uint64), np.zeros(-(-words // 64), np.uint64)
-        _flood_first_in(*flat, np.full(count, -1, index), np.empty(count, index), following, *marks)
-    result = labels[inner]
-    return (result if mask is None else np.where(mask == 0, np.uint32(0), result)).astype(seeds.dtype)
+        places = np.empty(np.count_nonzero(flat != _WALL), np.uint32 if flat.size < 2**32 else np.uint64)
+        _fill_places(flat, places)
+        inside = slice(None) if mask is None else mask.reshape(-1) != 0
+        queue = np.empty(len(places), places.dtype)
+        words = np.zeros(len(places) // 64 + 1, np.uint64)
+        groups = np.zeros(len(words) // 64 + 1, np.uint64)
+        if ranks is None:
+            ends = _enter_sorted(_in_order(surface, inside, places), flat, queue, words, groups)
+        else:
+            ends = np.zeros(ranks[1] + 1, places.dtype)
+            _enter_levels(ranks[0].reshape(-1)[inside], places, flat, queue, ends, words, groups)
+        _flood_first_in(flat, steps, queue, ends, words, groups)
+    return _labels(cells[inner], seeds.dtype)
+
+
+def _labels(cells: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    result = np.empty(cells.shape, dtype)
+    shape = (1,) * (3 - cells.ndim) + cells.shape
+    _copy_labels(cells.reshape(shape) if cells.ndim == 3 else cells[None], result.reshape(shape))
+    return result
+
+
+def _in_order(surface: np.ndarray, inside: slice | np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Pairs (key, place) of the voxels inside, in the order of the surface and then of places."""
+    keys = ordered_keys(surface)[inside]
+    if len(keys) and int(places[-1]) >= 2**32:
+        raise ValueError(
+            f"surface has {surface.size} voxels; expected fewer than 2**32: flood it in blocks or by levels"
+        )
+    places = places.astype(np.uint32, copy=False)
+    if keys.dtype == np.uint32:
+        return sorted_pairs(keys, places)
+    keys, places = radix_sort(keys, places)
+    ranks = np.zeros(len(keys), np.uint32)
+    np.cumsum(keys[1:] != keys[:-1], out=ranks[1:])
+    return packed(ranks, places)
 
 
 def _steps(padded: tuple[int, ...], connectivity: int, flooding: str) -> np.ndarray:
@@ -414,8 +447,8 @@ def _steps(padded: tuple[int, ...], connectivity: int, flooding: str) -> np.ndar
     return np.array([int(move @ strides) for move in moves], np.int64)
 
 
-def _levels(surface: np.ndarray, count: int | None) -> tuple[np.ndarray, int]:
-    """Whole numbers 0.. in the order of the surface, and one more than the largest."""
+def _levels(surface: np.ndarray, count: int | None) -> tuple[np.ndarray, int] | None:
+    """Whole numbers 0.. in the order of the surface, and one more than the largest; None if there are too many."""
     lowest, highest = surface.min(), surface.max()
     if lowest == highest:
         return np.zeros(surface.shape, np.uint32), 1
@@ -431,7 +464,7 @@ def _levels(surface: np.ndarray, count: int | None) -> tuple[np.ndarray, int]:
             # Subtracted in uint64, where differences of large and of negative numbers both come out right.
             above = surface.astype(np.uint64) - np.array(lowest).astype(np.uint64)
             return above.astype(np.uint32), span + 1
-    return dense_ranks(surface)
+    return None
 
 
 @numba.njit(nogil=True, cache=True)
@@ -466,65 +499,130 @@ def _next_level(level, words, groups):
 
 
 @numba.njit(nogil=True, cache=True)
-def _flood_first_in(heights, labels, steps, head, tail, following, words, groups):
+def _fill_places(cells, places):
+    """Flat places of all that is not wall, rising."""
+    count = 0
+    for place in range(len(cells)):
+        if cells[place] != _WALL:
+            places[count] = place
+            count += 1
+    return places
+
+
+@numba.njit(nogil=True, cache=True)
+def _mark(slot, words, groups):
+    one = np.uint64(1)
+    words[slot >> 6] |= one << np.uint64(slot & 63)
+    groups[slot >> 12] |= one << np.uint64((slot >> 6) & 63)
+
+
+@numba.njit(nogil=True, cache=True)
+def _enter_sorted(pairs, cells, queue, words, groups):
+    """Writes the code of every voxel into ``cells``, queues the seeds, and returns the ends of the shared levels."""
+    low = np.uint64(0xFFFFFFFF)
+    shared, start = 0, 0
+    while start < len(pairs):
+        end = start + 1
+        while end < len(pairs) and pairs[end] >> np.uint64(32) == pairs[start] >> np.uint64(32):
+            end += 1
+        shared += end > start + 1
+        start = end
+    ends = np.empty(shared, queue.dtype)
+    shared, start = 0, 0
+    while start < len(pairs):
+        key, place = pairs[start] >> np.uint64(32), pairs[start] & low
+        end = start + 1
+        if end == len(pairs) or pairs[end] >> np.uint64(32) != key:
+            queue[start] = place
+            if cells[place] == 0:
+                cells[place] = ~(2 * start)
+            else:
+                _mark(start, words, groups)
+            start = end
+            continue
+        end = start
+        tail = start
+        while end < len(pairs) and pairs[end] >> np.uint64(32) == key:
+            place = pairs[end] & low
+            if cells[place] == 0:
+                cells[place] = ~(2 * shared + 1)
+            else:
+                queue[tail] = place
+                _mark(tail, words, groups)
+                tail += 1
+            end += 1
+        ends[shared] = tail
+        shared += 1
+        start = end
+    return ends
+
+
+@numba.njit(nogil=True, cache=True)
+def _enter_levels(levels, places, cells, queue, ends, words, groups):
+    """As ``_enter_sorted`` for whole-number levels, all of which count as shared; ``ends`` has one entry more."""
+    for level in levels:
+        ends[level + 1] += 1
+    for level in range(1, len(ends)):
+        ends[level] += ends[level - 1]
+    for index in range(len(places)):
+        place, level = places[index], np.int64(levels[index])
+        if cells[place] == 0:
+            cells[place] = ~(2 * level + 1)
+        else:
+            slot = np.int64(ends[level])
+            ends[level] = slot + 1
+            queue[slot] = place
+            _mark(slot, words, groups)
+
+
+@numba.njit(nogil=True, cache=True)
+def _flood_first_in(cells, steps, queue, ends, words, groups):
     """Floods in order of (level, time of queueing).
 
-    Each level is a linked list from ``head[level]`` to ``tail[level]``; a bit in ``words`` marks a level that has
-    one, a bit in ``groups`` a word that is not 0. The lines that queue a voxel stand here twice: passing the arrays to
-    a function would cost an atomic reference count each, for every voxel.
+    The queue has one slot for every voxel, in the order of the surface. A voxel alone on its level stands in its slot
+    from the start; those of a shared level take its slots as they come, the next of them in ``ends``. A bit in
+    ``words`` marks a slot that waits, a bit in ``groups`` a word that is not 0.
+
+    A cell holds a label, or ``_WALL``, or, below 0, the complement of a code: twice the slot of a voxel alone on its
+    level, or twice the number of its shared level, plus 1.
     """
-    wall = np.uint32(_WALL)
-    one = np.uint64(1)
-    for seed in range(len(labels)):
-        if labels[seed] != 0 and labels[seed] != wall:
-            level = np.int64(heights[seed])
-            following[seed] = -1
-            if head[level] < 0:
-                head[level] = seed
-                words[level >> 6] |= one << np.uint64(level & 63)
-                groups[level >> 12] |= one << np.uint64((level >> 6) & 63)
-            else:
-                following[tail[level]] = seed
-            tail[level] = seed
+    one, six, twelve, mask = np.uint64(1), np.uint64(6), np.uint64(12), np.uint64(63)
     moves = steps.view(np.uint64)
-    six, twelve, mask = np.uint64(6), np.uint64(12), np.uint64(63)
     current = np.int64(_next_level(0, words, groups))
     while current >= 0:
-        voxel = head[current]
-        if voxel < 0:
-            word = current >> 6
-            words[word] &= ~(one << np.uint64(current & 63))
-            if words[word] == 0:
-                groups[word >> 6] &= ~(one << np.uint64(word & 63))
-            current = _next_level(current, words, groups)
-            continue
-        here = np.uint64(voxel)
-        head[current] = following[here]
-        label = labels[here]
-        lowest = np.uint64(current)
-        for place in range(len(steps)):
+        slot = np.uint64(current)
+        here = np.uint64(queue[slot])
+        rest = words[slot >> six] & ~(one << (slot & mask))
+        words[slot >> six] = rest
+        if rest == 0:
+            groups[slot >> twelve] &= ~(one << ((slot >> six) & mask))
+        label = cells[here]
+        lowest = slot
+        for place in range(len(moves)):
             neighbour = here + moves[place]
-            if labels[neighbour] == 0:
-                labels[neighbour] = label
-                height = np.uint64(heights[neighbour])
-                following[neighbour] = -1
-                if head[height] < 0:
-                    head[height] = neighbour
-                    words[height >> six] |= one << (height & mask)
-                    groups[height >> twelve] |= one << ((height >> six) & mask)
-                    lowest = min(lowest, height)
-                else:
-                    following[np.uint64(tail[height])] = neighbour
-                tail[height] = neighbour
+            cell = cells[neighbour]
+            if cell < 0:
+                cells[neighbour] = label
+                code = np.uint64(~cell)
+                to = code >> one
+                if code & one:
+                    level = to
+                    to = np.uint64(ends[level])
+                    ends[level] = to + one
+                    queue[to] = neighbour
+                words[to >> six] |= one << (to & mask)
+                groups[to >> twelve] |= one << ((to >> six) & mask)
+                lowest = min(lowest, to)
         current = np.int64(lowest)
+        if lowest == slot:
+            current = np.int64(_next_level(current, words, groups))
 
 
 @numba.njit(nogil=True, cache=True)
 def _flood_last_in(heights, labels, steps, newest, older):
     """Floods level by level, never downwards; each level is a stack, kept as a linked list."""
-    wall = np.uint32(_WALL)
     for seed in range(len(labels)):
-        if labels[seed] != 0 and labels[seed] != wall:
+        if labels[seed] != 0 and labels[seed] != _WALL:
             level = np.int64(heights[seed])
             older[seed] = newest[level]
             newest[level] = seed
@@ -540,6 +638,16 @@ def _flood_last_in(heights, labels, steps, newest, older):
                     level = max(np.int64(heights[neighbour]), np.int64(current))
                     older[neighbour] = newest[level]
                     newest[level] = neighbour
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_labels(cells, labels):
+    """Labels, and 0 for walls and for what no seed reached."""
+    for z in range(cells.shape[0]):
+        for y in range(cells.shape[1]):
+            for x in range(cells.shape[2]):
+                cell = cells[z, y, x]
+                labels[z, y, x] = cell if 0 < cell < _WALL else 0
 
 
 @numba.njit(nogil=True, cache=True)
