@@ -1,7 +1,8 @@
 """Flooding of a surface from seeds with a bucket queue, and the published recipes for seeds.
 
 The flood visits each voxel once: a voxel is labelled when its first labelled neighbour is taken from the queue, and
-queued at its own level. Within a level the queue is first in, first out, and neighbours are queued in raster order:
+queued at its own level. The queue is one slot for every voxel, in sorted order, and a tree of bits that finds the first
+slot in waiting. Within a level the queue is first in, first out, and neighbours are queued in raster order:
 the order of ``mahotas.cwatershed``, whose labels this reproduces one to one. ``flooding="bioimage"`` gives the order of
 bioimage-cpp (behind python-elf 0.9): 65,536 levels, last in first out, never below the current level.
 """
@@ -55,7 +56,8 @@ def seeded_watershed(
       Labels of the type of ``seeds``; 0 where no seed reaches.
 
     Raises:
-      ValueError: shapes that do not fit, values not finite, negative seeds, unknown options, or an empty axis.
+      ValueError: shapes that do not fit, values not finite, negative seeds, unknown options, an empty axis, or 2**32
+        voxels or more in one flood that keeps the values of floats apart.
     """
     surface, seeds = _surface(surface), _seeds(seeds)
     _same_shape(seeds, surface, "seeds")

@@ -1,3 +1,5 @@
+import heapq
+
 import mahotas
 import numpy as np
 import pytest
@@ -60,6 +62,27 @@ def test_mask_is_a_wall():
     mask = np.array([[1, 1, 0, 1, 1]])
     seeds = np.array([[3, 0, 4, 0, 0]])
     assert seeded_watershed(np.zeros((1, 5)), seeds, mask).tolist() == [[3, 3, 0, 0, 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 3, 50, 10000]), st.integers(0, 2**31))
+def test_equals_a_heap_of_level_and_time_within_a_mask(values, seed):
+    generator = np.random.default_rng(seed)
+    surface = (generator.integers(0, values, (9, 11)) / 7).astype(np.float32)
+    mask = generator.random(surface.shape) < 0.8
+    seeds = generator.integers(0, 80, surface.shape) // 70
+    want = seeds * mask
+    heap = [(surface[place], time, place) for time, place in enumerate(zip(*np.nonzero(want)))]
+    heapq.heapify(heap)
+    time = len(heap)
+    while heap:
+        _, _, (y, x) = heapq.heappop(heap)
+        for a, b in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+            if 0 <= a < 9 and 0 <= b < 11 and mask[a, b] and not want[a, b]:
+                want[a, b] = want[y, x]
+                heapq.heappush(heap, (surface[a, b], time, (a, b)))
+                time += 1
+    assert np.array_equal(seeded_watershed(surface, seeds, mask), want)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint64])
