@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from scipy import ndimage
 
 from emjax.postprocess.radix import ordered_keys, packed, radix_sort, sorted_pairs
@@ -21,10 +23,6 @@ BIOIMAGE_LEVELS = 65536
 
 # Marks voxels that no seed may enter.
 _WALL = 2**31 - 1
-
-_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
-_BIT_OF = np.zeros(64, np.int64)
-_BIT_OF[[((0x03F79D71B4CB0A89 << bit) & (2**64 - 1)) >> 58 for bit in range(64)]] = np.arange(64)
 
 
 def seeded_watershed(
@@ -475,10 +473,16 @@ def _quantise(values, lowest, scale, count, levels):
         levels[place] = min(max(np.int64((np.float64(values[place]) - lowest) * scale), 0), count - 1)
 
 
-@numba.njit(nogil=True, cache=True)
-def _lowest_bit(word):
-    isolated = word & (~word + np.uint64(1))
-    return _BIT_OF[(isolated * _DE_BRUIJN) >> np.uint64(58)]
+# One machine instruction, which neither NumPy nor Numba's language has. Numba hands over the
+# first argument, which mypy misses in the calls.
+@intrinsic
+def _lowest_bit(typing_context, word):
+    """The place of the lowest bit of a uint64 that is not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return numba.int64(numba.uint64), generate
 
 
 @numba.njit(nogil=True, cache=True)
@@ -488,7 +492,7 @@ def _next_level(level, words, groups):
     word = level >> 6
     rest = words[word] & (full << np.uint64(level & 63))
     if rest:
-        return (word << 6) + _lowest_bit(rest)
+        return (word << 6) + _lowest_bit(rest)  # type: ignore[call-arg]
     group = word >> 6
     rest = groups[group] & (full << np.uint64(word & 63))
     while rest == 0:
@@ -496,8 +500,8 @@ def _next_level(level, words, groups):
         if group == len(groups):
             return -1
         rest = groups[group]
-    word = (group << 6) + _lowest_bit(rest)
-    return (word << 6) + _lowest_bit(words[word])
+    word = (group << 6) + _lowest_bit(rest)  # type: ignore[call-arg]
+    return (word << 6) + _lowest_bit(words[word])  # type: ignore[call-arg]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -522,14 +526,7 @@ def _mark(slot, words, groups):
 def _enter_sorted(pairs, cells, queue, words, groups):
     """Writes the code of every voxel into ``cells``, queues the seeds, and returns the ends of the shared levels."""
     low = np.uint64(0xFFFFFFFF)
-    shared, start = 0, 0
-    while start < len(pairs):
-        end = start + 1
-        while end < len(pairs) and pairs[end] >> np.uint64(32) == pairs[start] >> np.uint64(32):
-            end += 1
-        shared += end > start + 1
-        start = end
-    ends = np.empty(shared, queue.dtype)
+    ends = np.empty(len(pairs) // 2, queue.dtype)
     shared, start = 0, 0
     while start < len(pairs):
         key, place = pairs[start] >> np.uint64(32), pairs[start] & low
@@ -591,9 +588,10 @@ def _flood_first_in(cells, steps, queue, ends, words, groups):
     one, six, twelve, mask = np.uint64(1), np.uint64(6), np.uint64(12), np.uint64(63)
     moves = steps.view(np.uint64)
     current = np.int64(_next_level(0, words, groups))
+    following = np.uint64(queue[current]) if current >= 0 else np.uint64(0)
     while current >= 0:
         slot = np.uint64(current)
-        here = np.uint64(queue[slot])
+        here = following
         rest = words[slot >> six] & ~(one << (slot & mask))
         words[slot >> six] = rest
         if rest == 0:
@@ -614,10 +612,12 @@ def _flood_first_in(cells, steps, queue, ends, words, groups):
                     queue[to] = neighbour
                 words[to >> six] |= one << (to & mask)
                 groups[to >> twelve] |= one << ((to >> six) & mask)
-                lowest = min(lowest, to)
+                if to < lowest:
+                    lowest, following = to, neighbour
         current = np.int64(lowest)
         if lowest == slot:
             current = np.int64(_next_level(current, words, groups))
+            following = np.uint64(queue[current])
 
 
 @numba.njit(nogil=True, cache=True)
