@@ -18,6 +18,7 @@ from emjax.data.sources import Box, Opened, describe_box
 from emjax.errors import UserError, nearest
 
 MARKER = "emjax"
+WRITTEN_CACHE = 1 << 20  # bytes, of each volume opened for writing
 Triple = tuple[float, float, float]
 
 
@@ -46,8 +47,10 @@ class StoreSource:
     def _array(self) -> ts.TensorStore:
         if self._handle is None:
             with one_line(f"cannot open {self.where}"):
+                # Written volumes would fill the cache of the process with pieces that are not asked for again.
+                small = {"cache_pool": {"total_bytes_limit": WRITTEN_CACHE}} if self.writable else {}
                 opened = ts.open(
-                    self.spec, open=True, read=True, write=self.writable or None, context=context()
+                    {**self.spec, **small}, open=True, read=True, write=self.writable or None, context=context()
                 ).result()
                 # Precomputed volumes start at their voxel offset; boxes here start at 0.
                 self._handle = opened[ts.d[:].translate_to[0]] if opened.rank else opened

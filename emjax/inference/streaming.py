@@ -263,7 +263,8 @@ def _plain(state: Any) -> Any:
 
 def _finish(run: Run, pyramid: bool, overlays: int, say: Callable[[str], None]) -> None:
     """What is done with whole layers; safe to be done again."""
-    labels = open_volume(run.location("labels"), allow_incomplete=True)
+    # Writable, for its small cache: every label is read once.
+    labels = open_volume(run.location("labels"), writable=True)
     found: set[int] = set()
     for z in range(0, labels.shape[0], run.streaming.slab):
         found.update(np.unique(labels[z : z + run.streaming.slab]).tolist())
