@@ -4,7 +4,7 @@
         --config.system.checkpoint=weights/sam2.1_tiny --config.system.prompts=prompts.json
 
 Variants: ``""`` tiny at 1024 x 1024, as the published weights were trained; ``native`` without resizing; ``debug``
-random weights at 128 x 128, a minute on a CPU, whose masks mean nothing. Weights are to be downloaded and converted:
+random weights at 128 x 128, for a try on a CPU, whose masks mean nothing. Weights are to be downloaded and converted:
 docs/sam2.md.
 """
 
