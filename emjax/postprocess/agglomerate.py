@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from emjax.postprocess.region_graph import BINS, Graph, _bin
+from emjax.postprocess.region_graph import BINS, LARGEST_COUNT, Graph, _bin
 
 MEAN, QUANTILE, MAX = 0, 1, 2
 
@@ -27,7 +27,6 @@ KEY_SCALE = 2.0**31
 HUB = 256
 # Half-edges are numbered by uint32.
 LARGEST_EDGES = 2**31 - 1
-LARGEST_RUNS = 2**32 - 1
 LARGEST_QUEUE = 2**16
 
 
@@ -162,19 +161,19 @@ def _adjacency(uv, nodes):
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _slot(table, a, b):
+def _slot(size, a, b):
     low = min(a, b)
     high = max(a, b)
     mixed = (np.uint64(low) * np.uint64(0x9E3779B97F4A7C15)) ^ (np.uint64(high) * np.uint64(0xC2B2AE3D27D4EB4F))
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.int64((mixed >> np.uint64(20)) & np.uint64(table.size - 1))
+    return np.int64((mixed >> np.uint64(20)) & np.uint64(size - 1))
 
 
 @njit(nogil=True, cache=True)
-def _find(table, uv, parent, flags, a, b, but):
+def _find(table, size, uv, parent, flags, a, b, but):
     """The living edge between nodes a and b, one of which is a hub, other than ``but``; or NONE."""
-    i = _slot(table, a, b)
+    i = _slot(size, a, b)
     while True:
         e = table[i]
         if e == NONE:
@@ -184,52 +183,66 @@ def _find(table, uv, parent, flags, a, b, but):
             q = _root(parent, uv[e, 1])
             if (p == a and q == b) or (p == b and q == a):
                 return e
-        i = (i + 1) & (table.size - 1)
+        i = (i + 1) & (size - 1)
 
 
 @njit(nogil=True, cache=True)
 def _insert(table, used, uv, parent, hub, flags, a, b, e):
-    """Enters edge e as that between a and b; entries of dead edges are overwritten, those of moved ones stay behind."""
-    mask = table.size - 1
-    i = _slot(table, a, b)
+    """Enters edge e as that between a and b; entries of dead edges are overwritten, those of moved ones stay behind.
+
+    ``used``: the number of entries, and the size of the part of the table that is in use, which grows as needed.
+    """
+    size = used[1]
+    i = _slot(size, a, b)
     while table[i] != NONE and flags[table[i]] & DEAD == 0:
-        i = (i + 1) & mask
+        i = (i + 1) & (size - 1)
     if table[i] == NONE:
         used[0] += 1
     table[i] = e
-    if 4 * used[0] > 3 * table.size:
-        table[:] = NONE
+    if 4 * used[0] > 3 * size:
         used[0] = 0
+        for f in range(flags.size):
+            used[0] += flags[f] & DEAD == 0 and (hub[_root(parent, uv[f, 0])] or hub[_root(parent, uv[f, 1])])
+        while size < 4 * used[0] and size < table.size:
+            size *= 2
+        used[1] = size
+        table[:size] = NONE
         for f in range(flags.size):
             if flags[f] & DEAD == 0:
                 p = _root(parent, uv[f, 0])
                 q = _root(parent, uv[f, 1])
                 if hub[p] or hub[q]:
-                    i = _slot(table, p, q)
+                    i = _slot(size, p, q)
                     while table[i] != NONE:
-                        i = (i + 1) & mask
+                        i = (i + 1) & (size - 1)
                     table[i] = f
-                    used[0] += 1
 
 
 @njit(nogil=True, cache=True)
-def _compact(e, start, length, bins, counts, chain, last, tally):
-    """Sums the histograms chained to edge e and writes the sum, sorted, back over them."""
+def _compact(e, start, bins, counts, ring, tally):
+    """Sums the histograms in the ring of edge e and writes the sum, sorted, back over them.
+
+    There is always room: a sum needs no more entries of at most LARGEST_COUNT than its parts. Entries left over in the
+    last segment in use get the count 0, and the segments after it leave the ring.
+    """
     tally[:BINS] = 0
-    runs = 0
+    entries = 0
     segment = np.uint32(e)
-    while segment != NONE:
-        runs += np.int64(length[segment])
-        for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
-            tally[bins[r]] += counts[r]
-        segment = chain[segment]
-    # The bins in use, ascending: from the runs themselves if they are few.
+    while True:
+        entries += start[segment + 1] - start[segment]
+        for r in range(start[segment], start[segment + 1]):
+            tally[bins[r]] += np.int64(counts[r])
+        segment = ring[segment]
+        if segment == e:
+            break
+    # The bins in use, ascending: from the entries themselves if they are few.
     used = tally[BINS:]
     n = 0
-    if runs <= 32:
-        segment = np.uint32(e)
-        while segment != NONE:
-            for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
+    if entries <= 32:
+        while True:
+            for r in range(start[segment], start[segment + 1]):
+                if counts[r] == 0:
+                    continue
                 b = np.int64(bins[r])
                 k = n
                 while k > 0 and used[k - 1] > b:
@@ -241,46 +254,49 @@ def _compact(e, start, length, bins, counts, chain, last, tally):
                 else:
                     used[k] = b
                     n += 1
-            segment = chain[segment]
+            segment = ring[segment]
+            if segment == e:
+                break
     else:
         for b in range(BINS):
             used[n] = b
             n += np.int64(tally[b] > 0)
     k = 0
-    segment = np.uint32(e)
-    while k < n:
-        r = np.int64(start[segment])
-        stop = min(np.int64(start[segment + 1]), r + n - k)
-        while r < stop:
+    while True:
+        for r in range(start[segment], start[segment + 1]):
+            if k == n:
+                counts[r] = 0
+                continue
             b = used[k]
+            taken = min(tally[b], LARGEST_COUNT)
             bins[r] = b
-            counts[r] = np.uint32(tally[b])
-            r += 1
-            k += 1
-        length[segment] = r - np.int64(start[segment])
-        last[e] = segment
+            counts[r] = taken
+            tally[b] -= taken
+            k += np.int64(tally[b] == 0)
         if k == n:
-            chain[segment] = NONE
-        segment = chain[segment]
+            ring[segment] = e
+            break
+        segment = ring[segment]
 
 
 @njit(nogil=True, cache=True)
-def _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally):
+def _quantile_bin(e, quantile, count, start, bins, counts, ring, tally):
     """The bin that holds element quantile * n // 100 + 1 of edge e's n affinities (waterz's pivot, without
     overflow).
     """
     pivot = np.int64(quantile) * np.int64(count[e]) // 100 + 1
     total = np.int64(0)
-    if chain[e] != NONE:
-        _compact(e, start, length, bins, counts, chain, last, tally)
+    if ring[e] != e:
+        _compact(e, start, bins, counts, ring, tally)
     segment = np.uint32(e)
-    while segment != NONE:
-        for r in range(np.int64(start[segment]), np.int64(start[segment]) + np.int64(length[segment])):
-            total += counts[r]
+    while True:
+        for r in range(start[segment], start[segment + 1]):
+            total += np.int64(counts[r])
             if total >= pivot:
                 return np.int64(bins[r])
-        segment = chain[segment]
-    return np.int64(BINS)
+        segment = ring[segment]
+        if segment == e:
+            return np.int64(BINS)
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -292,16 +308,16 @@ def _exact_score(kind, e, count, total, scale, value):
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _single_score(kind, quantile, e, count, value, start, length, bins, counts, chain, last, tally):
+def _single_score(kind, quantile, e, count, value, start, bins, counts, ring, tally):
     """1 - statistic as waterz rounds it: float32, the subtraction in double."""
     if kind == QUANTILE:
-        bin_ = _quantile_bin(e, quantile, count, start, length, bins, counts, chain, last, tally)
+        bin_ = _quantile_bin(e, quantile, count, start, bins, counts, ring, tally)
         return np.float32(1.0 - np.float64(np.float32((bin_ + 0.5) / BINS)))
     return np.float32(1.0 - np.float64(value[e]))
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
+def _add_statistics(kind, ours, lost, kept, count, total, value, ring):
     """Adds the statistics of edge ``lost`` to ``kept``; returns whether the score of ``kept`` may have changed."""
     if kind == MAX:
         count[kept] += count[lost]
@@ -310,8 +326,10 @@ def _add_statistics(kind, ours, lost, kept, count, total, value, chain, last):
         value[kept] = value[lost]
         return True
     if kind == QUANTILE:
-        chain[last[kept]] = lost
-        last[kept] = last[lost]
+        # Two rings become one.
+        after = ring[kept]
+        ring[kept] = ring[lost]
+        ring[lost] = after
     elif ours:
         total[kept] += total[lost]
     else:
@@ -353,7 +371,7 @@ def _tidy(node, turn, begin, around, fill, chain, tail, parent, flags, mark):
 @njit(nogil=True, cache=True)
 def _merge(
     e, turn, uv, begin, around, fill, chain, tail, degree, parent, name, hub, mark, table, used,
-    flags, key, kind, ours, count, total, value, runs_chain, runs_last, touched,
+    flags, key, kind, ours, count, total, value, ring, touched,
 ):  # fmt: skip
     """Contracts edge e into the end with more neighbours; the merged node goes by the smaller of the two names.
 
@@ -374,7 +392,7 @@ def _merge(
         hub[big] = degree[big] > HUB
         if hub[big]:
             if used[0] < 0:
-                table[:] = NONE
+                table[: used[1]] = NONE
                 used[0] = 0
             segment = np.uint32(big)
             while segment != NONE:
@@ -393,7 +411,7 @@ def _merge(
                 continue
             other = _root(parent, around[r, 0])
             if looks_up:
-                g = _find(table, uv, parent, flags, big, other, f)
+                g = _find(table, used[1], uv, parent, flags, big, other, f)
             elif mark[other] >> np.uint64(32) == np.uint64(turn):
                 g = np.uint32(mark[other] & np.uint64(0xFFFFFFFF))
             else:
@@ -413,7 +431,7 @@ def _merge(
                 keep_f = key[g] > key[f]
             kept = f if keep_f else g
             lost = g if keep_f else f
-            if _add_statistics(kind, ours, lost, kept, count, total, value, runs_chain, runs_last):
+            if _add_statistics(kind, ours, lost, kept, count, total, value, ring):
                 flags[kept] |= STALE
             if ours:
                 if key[lost] < key[kept]:
@@ -538,10 +556,10 @@ def _agglomerate_canonical(
     size = 16
     while size < 2 * edges:
         size *= 2
-    # Filled when there is a first hub; until then its memory is not touched.
+    # Filled when there is a first hub; memory is touched only as far as hubs need it.
     table = np.empty(size, np.uint32)
-    used = np.full(1, -1, np.int64)
-    no_runs = np.empty(0, np.uint32)
+    used = np.array([-1, max(16, size // 8)])
+    no_ring = np.empty((0, 1), np.uint32)[:, 0]
     touched = np.empty(nodes + 1, np.uint32)
     best = np.full(nodes + 1, NONE, np.uint32)
     best_key = np.full(nodes + 1, NONE, np.uint32)
@@ -640,7 +658,7 @@ def _agglomerate_canonical(
         merges += 1
         changed = _merge(
             e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark, table, used,
-            flags, key, kind, True, count, total, value, no_runs, no_runs, touched,
+            flags, key, kind, True, count, total, value, no_ring, touched,
         )  # fmt: skip
         if phase == 0:
             joined = p if parent[p] == p else q
@@ -712,8 +730,8 @@ def _queue_bin(score, levels):
 
 @njit(nogil=True, cache=True)
 def _agglomerate_waterz(
-    uv, nodes, threshold, kind, quantile, key, count, value,
-    start, length, bins, counts, chain, last, levels,
+    uv, nodes, threshold, kind, quantile, count, value,
+    start, bins, counts, ring, levels,
     merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
 ):  # fmt: skip
     """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges."""
@@ -730,9 +748,9 @@ def _agglomerate_waterz(
     size = 16
     while size < 2 * edges:
         size *= 2
-    # Filled when there is a first hub; until then its memory is not touched.
+    # Filled when there is a first hub; memory is touched only as far as hubs need it.
     table = np.empty(size, np.uint32)
-    used = np.full(1, -1, np.int64)
+    used = np.array([-1, max(16, size // 8)])
     tally = np.zeros(2 * BINS + 1, np.int64)
     total = np.empty(0, np.int64)
     heap = np.empty(0 if levels else edges, np.uint64)
@@ -780,15 +798,12 @@ def _agglomerate_waterz(
                 merges += 1
                 _merge(
                     e, merges, uv, begin, around, fill, next_segment, tail, degree, parent, name, hub, mark,
-                    table, used, flags, key, kind, False, count, total, value, chain, last, link,
+                    table, used, flags, score, kind, False, count, total, value, ring, link,
                 )  # fmt: skip
                 continue
             flags[e] &= ~STALE
             pushed = e
-        score[pushed] = _single_score(
-            kind, quantile, pushed, count, value, start, length, bins, counts, chain, last, tally
-        )
-        key[pushed] = _float_key(score[pushed])
+        score[pushed] = _single_score(kind, quantile, pushed, count, value, start, bins, counts, ring, tally)
         if levels:
             b = _queue_bin(score[pushed], levels)
             link[pushed] = NONE
@@ -799,11 +814,11 @@ def _agglomerate_waterz(
             back[b] = pushed
             lowest = min(lowest, b)
         else:
-            _waterz_push(heap, queued, (np.uint64(key[pushed]) << np.uint64(32)) | np.uint64(pushed))
+            _waterz_push(heap, queued, (np.uint64(_float_key(score[pushed])) << np.uint64(32)) | np.uint64(pushed))
         queued += 1
     for e in range(edges):
         if flags[e] & STALE and flags[e] & DEAD == 0:
-            score[e] = _single_score(kind, quantile, e, count, value, start, length, bins, counts, chain, last, tally)
+            score[e] = _single_score(kind, quantile, e, count, value, start, bins, counts, ring, tally)
     return merges
 
 
@@ -854,11 +869,12 @@ def agglomerate(
     edges = graph.uv.shape[0]
     if edges > LARGEST_EDGES:
         raise ValueError(f"graph has {edges} edges; expected at most {LARGEST_EDGES}")
-    # What a merge touches of an edge lies together in memory: sum (or value), count, key.
-    state = np.empty((edges, 4), np.uint32)
-    total, value = state.view(np.int64)[:, 0], state.view(np.float32)[:, 0]
-    count, key = state[:, 2], state[:, 3]
-    start, length, bins, counts, chain, last = _load_statistics(graph, scoring, ties, count, total, value)
+    # What a merge touches of an edge lies together in memory: sum (or value, or ring of histograms), count, key (or
+    # score).
+    state = np.empty((edges, 4 if exact else 3), np.uint32)
+    ring, value, count = state[:, 0], state.view(np.float32)[:, 0], state[:, -2]
+    total = state.view(np.int64)[:, 0] if exact else np.empty(0, np.int64)
+    start, bins, counts = _load_statistics(graph, scoring, ties, count, total, value, ring)
     merged_a = np.empty(min(graph.nodes, edges), np.uint32)
     merged_b = np.empty_like(merged_a)
     flags = np.zeros(edges, np.uint8)
@@ -868,9 +884,9 @@ def agglomerate(
         merged_score = np.empty(merged_a.size, np.float64)
         merged_key = np.empty(merged_a.size, np.uint32)
         limit = np.uint64(min(max(np.ceil(most * KEY_SCALE), 0.0), 2.0**32))
-        scores = np.empty(edges if remaining else 0, np.float64)
+        scores: np.ndarray = np.empty(edges if remaining else 0, np.float64)
         merges = _agglomerate_canonical(
-            graph.uv, graph.nodes, limit, scoring.kind, key, count, total, float(graph.scale), value,
+            graph.uv, graph.nodes, limit, scoring.kind, state[:, -1], count, total, float(graph.scale), value,
             merged_a, merged_b, merged_score, merged_key, flags, scores, name, parent,
         )  # fmt: skip
         # The merges of a segment come before those that it takes part in, also among equal keys.
@@ -883,10 +899,10 @@ def agglomerate(
             limit32 = np.nextafter(limit32, np.float32(np.inf))
         merged_score = np.empty(merged_a.size, np.float32)
         merged_level = np.empty(merged_a.size, np.float32)
-        scores = np.empty(edges, np.float32)
+        scores = state.view(np.float32)[:, -1]
         merges = _agglomerate_waterz(
-            graph.uv, graph.nodes, limit32, scoring.kind, scoring.quantile, key, count, value,
-            start, length, bins, counts, chain, last, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
+            graph.uv, graph.nodes, limit32, scoring.kind, scoring.quantile, count, value,
+            start, bins, counts, ring, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
             flags, scores, name, parent,
         )  # fmt: skip
     left_uv = left_score = None
@@ -908,8 +924,8 @@ def agglomerate(
     )
 
 
-def _load_statistics(graph, scoring, ties, count, total, value):
-    """Fills the working statistics; returns ``_histogram_state``, empty if the score needs none."""
+def _load_statistics(graph, scoring, ties, count, total, value, ring):
+    """Fills the working statistics; returns histograms to be overwritten, empty if the score needs none."""
     lacking = {
         "mean": graph.sum is None,
         "running_mean": graph.running_mean is None,
@@ -921,35 +937,22 @@ def _load_statistics(graph, scoring, ties, count, total, value):
         if lacking[statistic]:
             raise ValueError(f"graph lacks {statistic!r}; make it with region_graph(..., statistics={needed})")
     count[:] = graph.count
+    if scoring.kind == QUANTILE:
+        ring[:] = np.arange(ring.size, dtype=np.uint32)
+        if scoring.initial_maximum:
+            count[:] = 1
+            return np.arange(count.size + 1), _bins(graph.max), np.ones(count.size, np.uint8)
+        runs = graph.histograms
+        if runs.counts.dtype != np.uint8:
+            raise ValueError(f"graph has histograms with {runs.counts.dtype} counts; expected uint8")
+        return runs.start, runs.bins.copy(), runs.counts.copy()
     if scoring.kind == MEAN and ties == "waterz":
         value[:] = graph.running_mean
     elif scoring.kind == MEAN:
         total[:] = graph.sum
-    elif scoring.kind == MAX:
-        value[:] = graph.max
-    elif scoring.initial_maximum:
-        count[:] = 1
-        return _histogram_state(np.arange(count.size + 1), _bins(graph.max), np.ones(count.size, np.uint32))
     else:
-        runs = graph.histograms
-        return _histogram_state(runs.start, runs.bins.copy(), runs.counts.copy())
-    return _histogram_state(np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint32))
-
-
-def _histogram_state(start, bins, counts):
-    """(start, length, bins, counts, next segment, last segment): histograms of edges that can be chained to one
-    another.
-
-    What is known of an edge lies together in memory.
-    """
-    if bins.size > LARGEST_RUNS:
-        raise ValueError(f"graph has {bins.size} histogram entries; expected at most {LARGEST_RUNS}")
-    state = np.empty((start.size, 4), np.uint32)
-    state[:, 0] = start
-    state[:-1, 1] = np.diff(start)
-    state[:, 2] = NONE
-    state[:, 3] = np.arange(start.size)
-    return state[:, 0], state[:, 1], bins, counts, state[:, 2], state[:, 3]
+        value[:] = graph.max
+    return np.zeros(1, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8)
 
 
 @njit(nogil=True, cache=True)

@@ -19,14 +19,15 @@ FIXED_POINT = 2**30
 LARGEST_AFFINITY = 1024.0
 STATISTICS = ("mean", "max", "histogram", "running_mean", "size")
 BINS = 256
+LARGEST_COUNT = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class Histograms:
     """Affinity histograms of edges, sparse: edge e holds ``bins[start[e]:start[e + 1]]``, ascending, with ``counts``.
 
-    A value a falls into bin min(int(256 a), 255), as in waterz. ``start`` int64 (E + 1,), ``bins`` uint8, ``counts``
-    uint32.
+    A value a falls into bin min(int(256 a), 255), as in waterz. ``start`` int64 (E + 1,), ``bins`` and ``counts`` uint8:
+    a bin with more than 255 values has several entries, all full but the last.
     """
 
     start: np.ndarray
@@ -159,7 +160,7 @@ def _sum_histograms(histograms, kept, starts):
     _add_histograms(begin, bins, counts, group, runs, np.zeros(1, np.int64), bins[:0], counts[:0], False)
     start = np.zeros(starts.size + 1, np.int64)
     np.cumsum(runs, out=start[1:])
-    out_bins, out_counts = np.empty(start[-1], np.uint8), np.empty(start[-1], np.uint32)
+    out_bins, out_counts = np.empty(start[-1], np.uint8), np.empty(start[-1], np.uint8)
     _add_histograms(begin, bins, counts, group, runs, start, out_bins, out_counts, True)
     return Histograms(start, out_bins, out_counts)
 
@@ -174,10 +175,12 @@ def _add_histograms(begin, bins, counts, group, runs, start, out_bins, out_count
                 tally[bins[r]] += counts[r]
         n = 0
         for b in range(BINS):
-            if tally[b]:
+            left = tally[b]
+            while left > 0:
                 if write:
                     out_bins[start[g] + n] = b
-                    out_counts[start[g] + n] = np.uint32(tally[b])
+                    out_counts[start[g] + n] = min(left, LARGEST_COUNT)
+                left -= LARGEST_COUNT
                 n += 1
         runs[g] = n
 
@@ -240,8 +243,11 @@ def _count_faces(fragments, lead, z0, z1, faces):
 
 
 @njit(nogil=True, cache=True)
-def _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, others, values):
-    """Writes each face's larger fragment and affinity into the bucket of its smaller fragment, in raster order."""
+def _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, others, values, levels, binned):
+    """Writes each face's larger fragment and affinity (or its bin) into the bucket of its smaller fragment, in raster
+    order; returns how many affinities are NaN or too large for sums of multiples of 1 / FIXED_POINT.
+    """
+    invalid = 0
     _, height, width = fragments.shape
     u = np.empty(3 * width + 1, np.uint32)
     v = np.empty(3 * width + 1, np.uint32)
@@ -256,7 +262,9 @@ def _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, others, values):
                 p = place[u[k]]
                 place[u[k]] = p + 1
                 others[p] = v[k]
-                values[p] = value[k]
+                invalid += np.int64(not abs(np.float32(value[k])) <= LARGEST_AFFINITY)
+                values[p] = _bin(_level(value[k], levels)) if binned else value[k]
+    return invalid
 
 
 @njit(nogil=True, cache=True)
@@ -312,21 +320,14 @@ def _sum_bytes(start, edge, values, u0, u1, first, total):
     for u in range(u0, u1):
         for p in range(start[u], start[u + 1]):
             total[first[u] + edge[p]] += np.int64(values[p])
-    return 0
 
 
 @njit(nogil=True, cache=True)
 def _sum_floats(start, edge, values, u0, u1, first, total):
-    """Sums multiples of 1 / FIXED_POINT; returns how many values are NaN or too large for that."""
-    invalid = 0
+    """Sums multiples of 1 / FIXED_POINT."""
     for u in range(u0, u1):
         for p in range(start[u], start[u + 1]):
-            value = np.float64(values[p])
-            if not abs(value) <= LARGEST_AFFINITY:
-                invalid += 1
-                continue
-            total[first[u] + edge[p]] += np.int64(np.floor(value * FIXED_POINT + 0.5))
-    return invalid
+            total[first[u] + edge[p]] += np.int64(np.floor(np.float64(values[p]) * FIXED_POINT + 0.5))
 
 
 @njit(nogil=True, cache=True)
@@ -376,56 +377,70 @@ def _bin(value):
 
 
 @njit(nogil=True, cache=True)
-def _sort_bins(start, edge, values, u0, u1, first, levels, face, bins, runs):
-    """Groups the bins of each edge, sorted, at ``bins[face[e]:face[e + 1]]``; ``runs[e]``: how many differ."""
+def _sort_bins(start, edge, values, u0, u1, first, levels, count, bins, run):
+    """Groups the bins of each edge of a bucket, sorted, where ``values`` has the bucket, in ``bins``, which may be
+    ``values``; ``run[e + 1]``: how many entries the histogram of e needs.
+    """
     end = np.zeros(0, np.int64)
+    own = np.zeros(0, np.uint8)
     tally = np.zeros(BINS, np.int64)
     for u in range(u0, u1):
         degree = first[u + 1] - first[u]
         if degree > end.size:
             end = np.zeros(2 * degree, np.int64)
+        if start[u + 1] - start[u] > own.size:
+            own = np.zeros(2 * (start[u + 1] - start[u]), np.uint8)
+        n = 0
         for k in range(degree):
-            end[k] = face[first[u] + k]
+            end[k] = n
+            n += np.int64(count[first[u] + k])
         for p in range(start[u], start[u + 1]):
-            bins[end[edge[p]]] = _bin(_level(values[p], levels))
+            own[end[edge[p]]] = _bin(_level(values[p], levels))
             end[edge[p]] += 1
+        place = start[u]
         for e in range(first[u], first[u + 1]):
+            faces = np.int64(count[e])
+            begin = place - start[u]
             n = 0
-            if face[e + 1] - face[e] > 32:
+            if faces > 32:
                 tally[:] = 0
-                for p in range(face[e], face[e + 1]):
-                    tally[bins[p]] += 1
-                p = face[e]
+                for q in range(begin, begin + faces):
+                    tally[own[q]] += 1
                 for b in range(BINS):
-                    n += np.int64(tally[b] > 0)
+                    n += (tally[b] + LARGEST_COUNT - 1) // LARGEST_COUNT
                     for _ in range(tally[b]):
-                        bins[p] = b
-                        p += 1
+                        bins[place] = b
+                        place += 1
             else:
-                n = 1
-                for p in range(face[e] + 1, face[e + 1]):
-                    b = bins[p]
+                for p in range(place, place + faces):
+                    b = own[p - start[u]]
                     q = p
-                    while q > face[e] and bins[q - 1] > b:
+                    while q > place and bins[q - 1] > b:
                         bins[q] = bins[q - 1]
                         q -= 1
                     bins[q] = b
-                for p in range(face[e] + 1, face[e + 1]):
+                n = 1
+                for p in range(place + 1, place + faces):
                     n += np.int64(bins[p] != bins[p - 1])
-            runs[e] = n
+                place += faces
+            run[e + 1] = n
 
 
 @njit(nogil=True, cache=True)
-def _encode_runs(e0, e1, face, sorted_bins, start, bins, counts):
-    for e in range(e0, e1):
-        r = start[e] - 1
-        begin = face[e]
-        for p in range(face[e], face[e + 1]):
-            fresh = (p == face[e]) | (sorted_bins[p] != sorted_bins[max(p - 1, 0)])
-            r += np.int64(fresh)
-            begin = p if fresh else begin
-            bins[r] = sorted_bins[p]
-            counts[r] = np.uint32(p + 1 - begin)
+def _encode_runs(start, u0, u1, first, count, sorted_bins, run, bins, counts):
+    for u in range(u0, u1):
+        p = start[u]
+        for e in range(first[u], first[u + 1]):
+            r = run[e] - 1
+            n = 0
+            for k in range(np.int64(count[e])):
+                if k == 0 or n == LARGEST_COUNT or sorted_bins[p] != sorted_bins[p - 1]:
+                    r += 1
+                    n = 0
+                    bins[r] = sorted_bins[p]
+                n += 1
+                counts[r] = n
+                p += 1
 
 
 @njit(nogil=True, cache=True)
@@ -509,14 +524,27 @@ def region_graph(
     place = start[:-1] + np.cumsum(np.vstack([np.zeros_like(faces[:1]), faces[:-1]]), axis=0, dtype=np.int64)
     del faces
     total = int(start[-1])
+    levels = affinity_levels(az.dtype)
+    scale = 255 if levels.size else FIXED_POINT
+    # Histograms alone need a byte for each face.
+    binned = wanted - {"size"} == {"histogram"}
     edge = np.empty(total, np.uint32)
-    values = np.empty(total, az.dtype)
-    each(
-        lambda z0, z1, place: _collect_faces(fragments, az, ay, ax, lead, z0, z1, place, edge, values),
-        [(*slab, row) for slab, row in zip(slabs, place)],
-        threads,
+    values = np.empty(total, np.uint8 if binned else az.dtype)
+    invalid = sum(
+        each(
+            lambda z0, z1, place: _collect_faces(
+                fragments, az, ay, ax, lead, z0, z1, place, edge, values, levels, binned
+            ),
+            [(*slab, row) for slab, row in zip(slabs, place)],
+            threads,
+        )
     )
     del place
+    if invalid:
+        raise ValueError(
+            f"affinities has {invalid} values between fragments that are NaN or larger than {LARGEST_AFFINITY:g}; "
+            "expected numbers, usually in [0, 1]"
+        )
 
     shares = np.searchsorted(start, [total * part // threads for part in range(1, threads)])
     bounds = [0, *(int(bound) for bound in np.minimum(shares, nodes + 1)), nodes + 1]
@@ -534,17 +562,11 @@ def region_graph(
         threads,
     )
 
-    levels = affinity_levels(values.dtype)
-    scale = 255 if levels.size else FIXED_POINT
-    # Made in any case: the pass also finds values that are not numbers.
-    sums = np.zeros(edges, np.int64)
-    add = _sum_bytes if levels.size else _sum_floats
-    invalid = sum(each(lambda u0, u1: add(start, edge, values, u0, u1, first, sums), buckets, threads))
-    if invalid:
-        raise ValueError(
-            f"affinities has {invalid} values between fragments that are NaN or larger than {LARGEST_AFFINITY:g}; "
-            "expected numbers, usually in [0, 1]"
-        )
+    sums = None
+    if "mean" in wanted:
+        sums = np.zeros(edges, np.int64)
+        add = _sum_bytes if levels.size else _sum_floats
+        each(lambda u0, u1: add(start, edge, values, u0, u1, first, sums), buckets, threads)
     largest = running = histograms = size = None
     if "max" in wanted:
         largest = np.empty(edges, np.float32)
@@ -553,14 +575,21 @@ def region_graph(
         running = np.empty(edges, np.float32)
         each(lambda u0, u1: _running_means(start, edge, values, u0, u1, first, levels, running), buckets, threads)
     if "histogram" in wanted:
-        histograms = _histograms(start, edge, values, buckets, first, levels, count, threads)
+        bins = values if binned else np.empty(total, np.uint8)
+        if binned:
+            levels = (np.arange(BINS, dtype=np.float32) + np.float32(0.5)) / np.float32(BINS)
+        run = np.zeros(edges + 1, np.int64)
+        each(lambda u0, u1: _sort_bins(start, edge, values, u0, u1, first, levels, count, bins, run), buckets, threads)
+        # Their memory is wanted for what follows.
+        del edge, values
+        histograms = _histograms(start, buckets, first, count, bins, run, threads)
     if "size" in wanted:
         size = region_sizes(fragments[lead[0] :, lead[1] :, lead[2] :], nodes)
     return Graph(
         nodes=nodes,
         uv=uv,
         count=count,
-        sum=sums if "mean" in wanted else None,
+        sum=sums,
         scale=scale,
         max=largest,
         histograms=histograms,
@@ -569,22 +598,12 @@ def region_graph(
     )
 
 
-def _histograms(start, edge, values, buckets, first, levels, count, threads):
-    face = np.zeros(count.size + 1, np.int64)
-    np.cumsum(count, out=face[1:])
-    sorted_bins = np.empty(values.size, np.uint8)
-    runs = np.empty(count.size, np.int64)
-    each(
-        lambda u0, u1: _sort_bins(start, edge, values, u0, u1, first, levels, face, sorted_bins, runs),
-        buckets,
-        threads,
-    )
-    run = np.zeros(count.size + 1, np.int64)
-    np.cumsum(runs, out=run[1:])
+def _histograms(start, buckets, first, count, sorted_bins, run, threads):
+    np.cumsum(run, out=run)
     bins = np.empty(int(run[-1]), np.uint8)
-    counts = np.empty(int(run[-1]), np.uint32)
+    counts = np.empty(int(run[-1]), np.uint8)
     each(
-        lambda u0, u1: _encode_runs(first[u0], first[u1], face, sorted_bins, run, bins, counts),
+        lambda u0, u1: _encode_runs(start, u0, u1, first, count, sorted_bins, run, bins, counts),
         buckets,
         threads,
     )

@@ -48,6 +48,20 @@ def test_statistics(affinities, threads):
         np.testing.assert_array_equal(graph.histograms.counts[runs], counts)
 
 
+def test_histogram_entries_hold_at_most_255():
+    """Two fragments that touch over 700 faces, 600 of them with one affinity, whole and in parts."""
+    fragments = np.repeat(np.array([1, 2], np.uint32), 700).reshape(2, 1, 700)
+    affinities = np.zeros((3, 2, 1, 700), np.uint8)
+    affinities[0, 1, 0, :600] = 200
+    expected = [0, 200, 200, 200], [100, 255, 255, 90]
+    whole = region_graph(affinities, fragments, "histogram")
+    parts = [region_graph(affinities[..., s], fragments[..., s], "histogram") for s in (slice(550), slice(550, None))]
+    for graph in (whole, parts[0].merge(parts[1])):
+        assert graph.histograms.counts.dtype == np.uint8
+        np.testing.assert_array_equal(graph.histograms.bins, expected[0])
+        np.testing.assert_array_equal(graph.histograms.counts, expected[1])
+
+
 @settings(max_examples=30, deadline=None)
 @given(affinity_volumes(longest=6, uint8=True), st.data())
 def test_parts_add_up(affinities, data):
