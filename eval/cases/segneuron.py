@@ -31,7 +31,14 @@ from emjax.metrics.rand import adapted_rand_skimage
 from emjax.models.functional import define
 from emjax.models.mnet import Config, MNet, is_encoder
 from emjax.postprocess import agglomerate, apply, parse_score, region_graph
-from emjax.postprocess import foreground_multicut as frmc
+from emjax.postprocess.foreground_multicut import (
+    Settings,
+    boundary,
+    foreground_multicut,
+    fragments,
+    partition,
+    restricted,
+)
 from emjax.postprocess.multicut import boundary_edge_features, multicut, multicut_costs, multicut_energy
 from emjax.postprocess.seeded_watershed import _gaussian, squared_distance, superhuman_fragments
 from emjax.systems import segneuron, segneuron_pretraining
@@ -490,9 +497,9 @@ def postprocess(path: pathlib.Path) -> Iterator[Row]:
     inner = oracle["foreground"].astype(np.float32) / np.float32(255)
     suffixes = sorted(name.removeprefix("fragments") for name in oracle if re.fullmatch(r"fragments(_[a-z]+)?", name))
     for suffix in (name for name in suffixes if name != "_per_slice"):
-        values = plain if suffix else frmc.restricted(plain, inner)
+        values = plain if suffix else restricted(plain, inner)
         want = oracle[f"fragments{suffix}"]
-        got = frmc.fragments(values)
+        got = fragments(values)
         short = 1 - agreement(got, want.astype(np.uint32))
         yield bound(f"fragments{suffix}", short, 0.01, "unequal voxels")
         offsets = np.cumsum([0, *oracle[f"fragments_per_slice{suffix}"]])[:-1]
@@ -506,7 +513,7 @@ def postprocess(path: pathlib.Path) -> Iterator[Row]:
             if not re.fullmatch(rf"costs{suffix}_b[\d.]+", name):
                 continue
             end = name.removeprefix("costs")
-            settings = frmc.Settings(beta=float(end.rpartition("_b")[2]))
+            settings = Settings(beta=float(end.rpartition("_b")[2]))
             costs = multicut_costs(edges.probability, edges.size, settings.beta)
             yield close(name, costs, oracle[name], atol=DATA)
             theirs = oracle[f"node_labels{end}"]
@@ -518,7 +525,7 @@ def postprocess(path: pathlib.Path) -> Iterator[Row]:
             for kind, found in (("energy_gaec", greedy), ("energy", best)):
                 excess = multicut_energy(edges.uv, oracle[name], found) - float(oracle[f"{kind}{end}"])
                 yield bound(f"{kind}{end} excess", excess, 1e-6, "energy above the reference")
-            whole = frmc.foreground_multicut(plain, inner, dataclasses.replace(settings, restrict=not suffix))
+            whole = foreground_multicut(plain, inner, dataclasses.replace(settings, restrict=not suffix))
             truth = oracle["labels"]
             for figure, mine in zip(("are", "vi_first", "vi_second"), scores(truth, whole)):
                 difference = abs(mine - float(oracle[f"{figure}{end}"]))
@@ -526,18 +533,18 @@ def postprocess(path: pathlib.Path) -> Iterator[Row]:
             figures = [float(oracle[f"{figure}{end}"]) for figure in ("are", "vi_first", "vi_second")]
             stored = scores(truth, oracle[f"segmentation{end}"].astype(np.uint32))
             yield close(f"scores of segmentation{end}", stored, figures, atol=1e-10)
-            lut = frmc.partition(edges, int(want.max()), settings)
+            lut = partition(edges, int(want.max()), settings)
             given = scores(truth, lut[want])
             worst = max(abs(a - b) for a, b in zip(given, figures))
             yield bound(f"node_labels{end} scores", worst, 0.02, "from the reference")
     if "slice_index" in oracle:
-        yield from _section(oracle, frmc.restricted(plain, inner))
+        yield from _section(oracle, restricted(plain, inner))
 
 
 def _section(oracle: dict, values: np.ndarray) -> Iterator[Row]:
     """Every stage of one section's watershed."""
-    section = frmc.boundary(values)[int(oracle["slice_index"])]
-    settings = frmc.Settings()
+    section = boundary(values)[int(oracle["slice_index"])]
+    settings = Settings()
     distance = np.sqrt(squared_distance(section <= settings.threshold).astype(np.float32))
     smooth = _gaussian(distance, settings.sigma_seeds)
     scaled = (smooth - smooth.min()) / smooth.max()
@@ -551,7 +558,7 @@ def _section(oracle: dict, values: np.ndarray) -> Iterator[Row]:
     yield exact("slice_seeds", _renumbered(seeds), _renumbered(oracle["slice_seeds"]))
     for name, least in (("watershed", 0), ("final", settings.min_size)):
         at = int(oracle["slice_index"])
-        got = frmc.fragments(values[:, at : at + 1], dataclasses.replace(settings, min_size=least))
+        got = fragments(values[:, at : at + 1], dataclasses.replace(settings, min_size=least))
         short = 1 - agreement(got, oracle[f"slice_{name}"][None].astype(np.uint32))
         yield bound(f"slice_{name}", short, 0.01, "unequal voxels")
 
