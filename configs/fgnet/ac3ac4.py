@@ -64,15 +64,6 @@ def _source(name: str, begin: int, end: int) -> Source:
     )
 
 
-def _row(base: Experiment, row: str) -> Experiment:
-    system = fgnet.ablation(base.system, row, WIDE)
-    if system.encoder.mode == "finetune":
-        rates, held = fgnet.layer_rates(system.encoder), ((r"^sam2\.", WARMUP),)
-        optimizer = dataclasses.replace(base.optimizer, multipliers=rates, holds=held, weight_decay=0.05)
-        base = dataclasses.replace(base, optimizer=optimizer)
-    return dataclasses.replace(base, system=system)
-
-
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
     names = {"": "A4", "frozen": "A4", "lora": "A5l", "finetune": "A5", **{row: row for row in fgnet.ABLATIONS}}
@@ -109,4 +100,4 @@ def get_config(variant: str = "") -> Experiment:
             ),
             data=dataclasses.replace(full.data, crop=crop),
         )
-    return _row(full, names[variant])
+    return fgnet.ablated(full, names[variant], WIDE, WARMUP)

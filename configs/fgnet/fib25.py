@@ -70,17 +70,6 @@ def _source(name: str, pad: int = 0) -> Source:
     )
 
 
-def _row(base: Experiment, row: str, wide: tuple[int, ...]) -> Experiment:
-    system = fgnet.ablation(base.system, row, wide)
-    if system.encoder_checkpoint == fgnet.RANDOM or not system.model.uses_sam2:
-        base = dataclasses.replace(base, train=dataclasses.replace(base.train, init_from=""))
-    if system.encoder.mode == "finetune":
-        rates, held = fgnet.layer_rates(system.encoder), ((r"^sam2\.", min(WARMUP, base.train.steps // 5)),)
-        optimizer = dataclasses.replace(base.optimizer, multipliers=rates, holds=held, weight_decay=0.05)
-        base = dataclasses.replace(base, optimizer=optimizer)
-    return dataclasses.replace(base, system=system)
-
-
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
     names = {"": "A4", "frozen": "A4", "lora": "A5l", "finetune": "A5", **{row: row for row in fgnet.ABLATIONS}}
@@ -109,7 +98,7 @@ def get_config(variant: str = "") -> Experiment:
         train=Train(steps=5000, ema=0.999, log_every=50, validate_every=500, save_every=500),
     )
     if variant in names:
-        return _row(full, names[variant], WIDE)
+        return fgnet.ablated(full, names[variant], WIDE, WARMUP)
     cpu = dataclasses.replace(
         full,
         system=dataclasses.replace(
@@ -140,4 +129,4 @@ def get_config(variant: str = "") -> Experiment:
             data=data,
             train=Train(steps=6, log_every=2, validate_every=3, save_every=3, overlays=0),
         )
-    return _row(cpu, variant.removeprefix("cpu_"), SMALL_WIDE)
+    return fgnet.ablated(cpu, variant.removeprefix("cpu_"), SMALL_WIDE, WARMUP)

@@ -428,3 +428,20 @@ def ablation(config: Config, row: str, wide: tuple[int, ...]) -> Config:
         "C2": {"shuffle_slices": True},
     }
     return dataclasses.replace(config, **changes[row])
+
+
+def ablated(experiment: Any, row: str, wide: tuple[int, ...], held: int) -> Any:
+    """The experiment of a row of :data:`ABLATIONS`, given that of A4 and the widths of A0w.
+
+    Fine-tuning holds SAM 2 for ``held`` steps, a fifth of the training at the most. Rows that have no use for it start
+    from no other run.
+    """
+    system = ablation(experiment.system, row, wide)
+    train, optimizer = experiment.train, experiment.optimizer
+    if system.encoder_checkpoint == RANDOM or not system.model.uses_sam2:
+        train = dataclasses.replace(train, init_from="")
+    if system.encoder.mode == "finetune":
+        holds = ((r"^sam2\.", min(held, train.steps // 5)),)
+        rates = layer_rates(system.encoder)
+        optimizer = dataclasses.replace(optimizer, multipliers=rates, holds=holds, weight_decay=0.05)
+    return dataclasses.replace(experiment, system=system, train=train, optimizer=optimizer)
