@@ -1,7 +1,8 @@
 """Grey values of more than 8 bits: one window per volume, chosen once, stored with the volume, never per block."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -54,10 +55,12 @@ def to_uint8(block: np.ndarray, window: Sequence[float]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Windowed:
+class Shown:
+    """A volume's source, read only, each block changed by ``change``, which makes it ``dtype``."""
+
     inner: Source
-    window: Window
-    dtype: np.dtype = np.dtype(np.uint8)
+    change: Callable[[np.ndarray], np.ndarray]
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +75,7 @@ class _Windowed:
         return self.inner.shards
 
     def read(self, box: Box) -> np.ndarray:
-        return to_uint8(self.inner.read(box), self.window)
+        return self.change(self.inner.read(box))
 
     def write(self, box: Box, array: np.ndarray) -> None:
         raise UserError("a volume shown through a window cannot be written")
@@ -105,5 +108,5 @@ def as_uint8(volume: Volume, window: Sequence[float] | None = None) -> Volume:
         raise UserError(f"{volume.spec}: the window {window!r} is not two rising numbers")
     kept = {key: value for key, value in volume.attributes.items() if key != "window"}
     kept["window_of_source"] = [low, high]
-    source = _Windowed(volume.source, (low, high))
+    source = Shown(volume.source, functools.partial(to_uint8, window=(low, high)), np.dtype(np.uint8))
     return dataclasses.replace(volume, source=source, attributes=kept, output=None)

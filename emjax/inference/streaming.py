@@ -22,9 +22,9 @@ from flax import serialization
 from PIL import Image
 
 from emjax.data.folder import Folder, is_remote
+from emjax.data.intensity import Shown
 from emjax.data.location import STORES, output_location
 from emjax.data.pyramid import write_pyramid
-from emjax.data.sources import Box, Source
 from emjax.data.stores_write import default_shards
 from emjax.data.volume import Volume, check_finite, create_volume, is_complete, mark_complete, open_volume
 from emjax.errors import UserError
@@ -41,39 +41,15 @@ STAGE = "segment"
 _STATE = "state.msgpack"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Windowed:
-    """Grey values through a window, float32 in 0..1; NaN is refused."""
-
-    inner: Source
-    window: Window
-    name: str
-    dtype: np.dtype = np.dtype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def chunks(self) -> tuple[int, ...] | None:
-        return self.inner.chunks
-
-    @property
-    def shards(self) -> tuple[int, ...] | None:
-        return self.inner.shards
-
-    def read(self, box: Box) -> np.ndarray:
-        return self.window(check_finite(self.inner.read(box), self.name))
-
-    def write(self, box: Box, array: np.ndarray) -> None:
-        raise UserError("a volume shown through a window cannot be written")
-
-
 def windowed(volume: Volume, window: Window | None) -> Volume:
-    """The volume as systems take it: uint8 as it is without a window, else float32 in 0..1."""
-    return (
-        volume if window is None else dataclasses.replace(volume, source=_Windowed(volume.source, window, volume.spec))
-    )
+    """The volume as systems take it: uint8 as it is without a window, else float32 in 0..1; NaN is refused."""
+    if window is None:
+        return volume
+
+    def through(block: np.ndarray) -> np.ndarray:
+        return window(check_finite(block, volume.spec))
+
+    return dataclasses.replace(volume, source=Shown(volume.source, through, np.dtype(np.float32)))
 
 
 def generation(source: str) -> list[list[Any]]:
