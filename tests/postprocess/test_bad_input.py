@@ -8,12 +8,22 @@ import pytest
 from emjax.postprocess import (
     agglomerate,
     apply,
+    boundary_edge_features,
     connected_components,
+    distance_transform_watershed,
+    foreground_multicut,
     label_components,
+    lsd_fragments,
     merge_blocks,
+    mutex_watershed,
     region_graph,
+    region_sizes,
+    regrow,
+    renumber,
+    seeded_watershed,
     segment_blockwise,
     size_merge,
+    superhuman_fragments,
     watershed,
 )
 
@@ -90,3 +100,33 @@ def test_views_are_accepted():
     strided = np.zeros((4, 5, 12), np.int32)
     strided[..., ::2] = FRAGMENTS
     np.testing.assert_array_equal(region_graph(GOOD, strided[..., ::2]).uv, GRAPH.uv)
+
+
+EMPTY, NO_FRAGMENTS = GOOD[:, :, :0], FRAGMENTS[:, :0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: apply(np.zeros(3, np.uint32), NO_FRAGMENTS),
+        lambda: boundary_edge_features(EMPTY, NO_FRAGMENTS),
+        lambda: connected_components(EMPTY),
+        lambda: distance_transform_watershed(EMPTY[0]),
+        lambda: foreground_multicut(EMPTY, EMPTY[0]),
+        lambda: label_components(NO_FRAGMENTS),
+        lambda: lsd_fragments(EMPTY),
+        lambda: merge_blocks(EMPTY, NO_FRAGMENTS, NO_FRAGMENTS.astype(bool)),
+        lambda: mutex_watershed(EMPTY, ((-1, 0, 0), (0, -1, 0), (0, 0, -1))),
+        lambda: region_graph(EMPTY, NO_FRAGMENTS),
+        lambda: region_sizes(NO_FRAGMENTS),
+        lambda: regrow(NO_FRAGMENTS, EMPTY, 5),
+        lambda: renumber(NO_FRAGMENTS),
+        lambda: seeded_watershed(EMPTY[0], NO_FRAGMENTS),
+        lambda: segment_blockwise(EMPTY, (2, 2, 2)),
+        lambda: superhuman_fragments(EMPTY),
+        lambda: watershed(EMPTY),
+    ],
+)
+def test_an_axis_of_length_zero_is_named(call):
+    with pytest.raises(ValueError, match=r"has shape .* at least one voxel along each axis"):
+        call()
