@@ -14,12 +14,12 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
 
 import numpy as np
+from trainings import machine
 
 from emjax import predict, segment
 from emjax.config import Experiment, from_json
@@ -39,18 +39,6 @@ FRAGMENTS = {
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
 BARS = {"fib25": "| boosted-tree pixel classifier, same watershed (quoted, not run here) | | | **1.212** | 0.132 | |"}
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-
-
-def machine() -> str:
-    """The processor and the number of cores, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}"
 
 
 def read(spec: str) -> np.ndarray:

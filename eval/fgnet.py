@@ -26,8 +26,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from affinity_unet import machine
 from scipy import ndimage, stats
+from trainings import machine
 
 from emjax import predict
 from emjax.config import Experiment, from_json, load

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import numpy as np
-from affinity_unet import machine
+from trainings import machine
 
 from emjax.config import Experiment
 from emjax.data.pipeline import Source
