@@ -30,17 +30,18 @@ CPU_CROP = (16, 64, 64)
 
 # Held out for validation: its grey values only.
 HELD_OUT = ("fib25_medulla/val", (10.0, 10.0, 10.0))
+NONE = (0, 0, 0)
 LOCAL = (
-    ("fib25_medulla/train", (10.0, 10.0, 10.0), 0),
-    ("fib25_unlabelled/training1", (10.0, 10.0, 10.0), 0),
-    ("fib25_unlabelled/validation_crop", (10.0, 10.0, 10.0), 0),
-    ("fibsem_mini/train", (10.0, 10.0, 10.0), 0),
-    ("isbi2012_vnc/train", (50.0, 4.0, 4.0), 0),
-    ("isbi2012_vnc/unlabelled_challenge_test", (50.0, 4.0, 4.0), 0),
-    # 11, 12 and 15 sections, continued by reflection to the crop's 16.
-    ("vnc_semantic/train", (50.0, 4.6, 4.6), 3),
-    ("vnc_semantic/unlabelled_stack2", (50.0, 4.6, 4.6), 2),
-    ("mito_sbem/train", (40.0, 5.9, 5.9), 1),
+    ("fib25_medulla/train", (10.0, 10.0, 10.0), NONE),
+    ("fib25_unlabelled/training1", (10.0, 10.0, 10.0), NONE),
+    ("fib25_unlabelled/validation_crop", (10.0, 10.0, 10.0), NONE),
+    # 100 rows, continued to the crop's 128; below, 11, 12 and 15 sections to its 16.
+    ("fibsem_mini/train", (10.0, 10.0, 10.0), (0, 14, 0)),
+    ("isbi2012_vnc/train", (50.0, 4.0, 4.0), NONE),
+    ("isbi2012_vnc/unlabelled_challenge_test", (50.0, 4.0, 4.0), NONE),
+    ("vnc_semantic/train", (50.0, 4.6, 4.6), (3, 0, 0)),
+    ("vnc_semantic/unlabelled_stack2", (50.0, 4.6, 4.6), (2, 0, 0)),
+    ("mito_sbem/train", (40.0, 5.9, 5.9), (1, 0, 0)),
 )
 
 OPTIMIZER = Optimizer(
@@ -58,8 +59,8 @@ OPTIMIZER = Optimizer(
 )
 
 
-def _source(name: str, voxel_size: tuple[float, float, float], pad: int = 0) -> Source:
-    return Source(raw=f"{DATA}/{name}.h5:raw", name=name, voxel_size=voxel_size, pad=(pad, 0, 0))
+def _source(name: str, voxel_size: tuple[float, float, float], pad: tuple[int, int, int] = NONE) -> Source:
+    return Source(raw=f"{DATA}/{name}.h5:raw", name=name, voxel_size=voxel_size, pad=pad)
 
 
 def get_config(variant: str = "") -> Experiment:
