@@ -89,9 +89,16 @@ def get_config(variant: str = "") -> Experiment:
         # A widened border leaves nothing of a process of a few voxels: once borders are known, the true labels follow.
         return dataclasses.replace(
             cpu,
-            system=dataclasses.replace(cpu.system, widen_borders=None),
+            system=dataclasses.replace(
+                cpu.system,
+                widen_borders=None,
+                predicted="all",
+                segmentation=affinity_unet.Segmentation(
+                    fragments="mutex", regrow=600, score="hist_quant_90", threshold=0.54
+                ),
+            ),
             optimizer=Optimizer(lr=1e-3, warmup_steps=10, weight_decay=1e-2),
-            train=Train(steps=250, ema=0.99, log_every=10, validate_every=125, save_every=50),
+            train=Train(steps=430, ema=0.99, log_every=10, validate_every=100, save_every=50),
         )
     if variant == "debug":
         return dataclasses.replace(cpu, train=Train(steps=10, log_every=2, validate_every=5, save_every=5))

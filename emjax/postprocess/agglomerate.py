@@ -24,7 +24,7 @@ MERGED = np.uint8(4)
 # A canonical score in [0, 2) is ordered by its first 31 binary places.
 KEY_SCALE = 2.0**31
 # A node with more neighbours than this has its edges in a hash table.
-HUB = 256
+HUB = 64
 # Half-edges are numbered by uint32.
 LARGEST_EDGES = 2**31 - 1
 LARGEST_QUEUE = 2**16
@@ -222,10 +222,9 @@ def _insert(table, used, uv, parent, hub, flags, a, b, e):
 def _compact(e, start, bins, counts, ring, tally):
     """Sums the histograms in the ring of edge e and writes the sum, sorted, back over them.
 
-    There is always room: a sum needs no more entries of at most LARGEST_COUNT than its parts. Entries left over in the
+    ``tally`` is zero before and after. There is always room: a sum needs no more entries of at most LARGEST_COUNT than its parts. Entries left over in the
     last segment in use get the count 0, and the segments after it leave the ring.
     """
-    tally[:BINS] = 0
     entries = 0
     segment = np.uint32(e)
     while True:
@@ -732,9 +731,12 @@ def _queue_bin(score, levels):
 def _agglomerate_waterz(
     uv, nodes, threshold, kind, quantile, count, value,
     start, bins, counts, ring, levels,
-    merged_a, merged_b, merged_score, merged_level, flags, score, name, parent,
+    merged_a, merged_b, merged_score, merged_level, flags, score, name, parent, remaining,
 ):  # fmt: skip
-    """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges."""
+    """Merges in waterz's order; ``levels``: bins of its queue, 0 for its heap. Returns how many merges.
+
+    ``remaining``: whether the scores of edges that are left are brought up to date.
+    """
     edges = uv.shape[0]
     begin, around = _adjacency(uv, nodes)
     fill = np.empty(nodes + 1, np.uint32)
@@ -757,6 +759,8 @@ def _agglomerate_waterz(
     link = np.empty(edges if levels else 0, np.uint32)
     front = np.full(levels, NONE, np.uint32)
     back = np.full(levels, NONE, np.uint32)
+    # Bins above that of the threshold are never reached.
+    last = _queue_bin(threshold, levels)
     lowest = levels
     queued = 0
     merges = 0
@@ -806,6 +810,8 @@ def _agglomerate_waterz(
         score[pushed] = _single_score(kind, quantile, pushed, count, value, start, bins, counts, ring, tally)
         if levels:
             b = _queue_bin(score[pushed], levels)
+            if b > last:
+                continue
             link[pushed] = NONE
             if front[b] == NONE:
                 front[b] = pushed
@@ -816,7 +822,7 @@ def _agglomerate_waterz(
         else:
             _waterz_push(heap, queued, (np.uint64(_float_key(score[pushed])) << np.uint64(32)) | np.uint64(pushed))
         queued += 1
-    for e in range(edges):
+    for e in range(edges if remaining else 0):
         if flags[e] & STALE and flags[e] & DEAD == 0:
             score[e] = _single_score(kind, quantile, e, count, value, start, bins, counts, ring, tally)
     return merges
@@ -903,7 +909,7 @@ def agglomerate(
         merges = _agglomerate_waterz(
             graph.uv, graph.nodes, limit32, scoring.kind, scoring.quantile, count, value,
             start, bins, counts, ring, int(discretize_queue), merged_a, merged_b, merged_score, merged_level,
-            flags, scores, name, parent,
+            flags, scores, name, parent, remaining,
         )  # fmt: skip
     left_uv = left_score = None
     if remaining:
