@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from emjax.metrics.contingency import contingency, not_empty
+from emjax.metrics.contingency import contingency
 from emjax.metrics.instances import average_precision
 from emjax.metrics.overlap import Overlap, per_slice_overlap
 from emjax.metrics.surface import surface_distances
@@ -68,13 +68,8 @@ class Shapes:
 
 
 def components(mask: NDArray) -> NDArray[np.int32]:
-    """Connected components (26 neighbours, or 8 in plane) of what is not 0, numbered from 1.
-
-    Raises:
-        ValueError: an axis of length zero.
-    """
+    """Connected components (26 neighbours, or 8 in plane) of what is not 0, numbered from 1."""
     mask = np.asarray(mask) != 0
-    not_empty(mask, "mask")
     return ndimage.label(mask, np.ones((3,) * mask.ndim))[0].astype(np.int32)
 
 
@@ -82,7 +77,7 @@ def class_shapes(prediction: NDArray, labels: NDArray, voxel_size: Sequence[floa
     """Surfaces and objects of a class, (z, y, x), foreground where not 0.
 
     Raises:
-        ValueError: shapes differ, an axis of length zero, or ``voxel_size`` is not one positive number per axis.
+        ValueError: shapes differ, or ``voxel_size`` is not one positive number per axis.
     """
     distances = surface_distances(prediction, labels, voxel_size)
     table = contingency(components(prediction), components(labels))
@@ -149,7 +144,7 @@ def score_class(
         voxel_size: nm (z, y, x); 1 if None, so that distances are in voxels.
 
     Raises:
-        ValueError: shapes differ, an axis of length zero, no slice, or a wrong ``voxel_size``.
+        ValueError: shapes differ, no slice, or a wrong ``voxel_size``.
     """
     predicted, true = np.asarray(prediction) != 0, np.asarray(labels) != 0
     if mask is not None:

@@ -144,7 +144,7 @@ def contingency(
         The table, with ground truth 0 and segment 0 in it.
 
     Raises:
-        ValueError: shapes differ, an axis of length zero, ids are not integers or negative, ``threads`` below 1.
+        ValueError: shapes differ, ids are not integers or negative, ``threads`` below 1.
     """
     segmentation, labels = check_ids(segmentation, "segmentation"), check_ids(labels, "labels")
     same_shape(segmentation, labels, "segmentation", "labels")
@@ -183,7 +183,7 @@ def empty_contingency() -> Contingency:
 
 
 def check_ids(array: ArrayLike, name: str) -> NDArray:
-    """The array, checked to hold ids: integers (or booleans), at most 3 axes, none of length zero, no negative id.
+    """The array, checked to hold ids: integers (or booleans), at most 3 axes, none negative.
 
     Raises:
         ValueError: names the argument, what it holds and what is expected.
@@ -193,23 +193,15 @@ def check_ids(array: ArrayLike, name: str) -> NDArray:
         raise ValueError(f"{name} has type {array.dtype}; expected integer ids")
     if not 1 <= array.ndim <= 3:
         raise ValueError(f"{name} has {array.ndim} axes; expected z, y, x (at most 3)")
-    not_empty(array, name)
-    if array.dtype.kind == "i" and (smallest := array.min()) < 0:
+    if array.dtype.kind == "i" and array.size and (smallest := array.min()) < 0:
         raise ValueError(f"{name} holds the negative id {smallest}; expected ids >= 0 (0 is background)")
     return array
 
 
 def same_shape(array: NDArray, other: NDArray, name: str, other_name: str) -> None:
-    """Raises a ValueError that names the arguments if the shapes differ or an axis has length zero."""
+    """Raises a ValueError that names both arguments if the shapes differ."""
     if array.shape != other.shape:
         raise ValueError(f"{name} has shape {array.shape} and {other_name} {other.shape}; expected the same")
-    not_empty(array, name)
-
-
-def not_empty(array: NDArray, name: str) -> None:
-    """Raises a ValueError that names the argument if an axis has length zero."""
-    if array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; expected at least one voxel along each axis")
 
 
 def _ids(values: ArrayLike | Iterable[int], name: str) -> NDArray[np.uint64]:

@@ -58,7 +58,7 @@ def overlap(prediction: NDArray, labels: NDArray, mask: NDArray | None = None) -
         mask: voxels to count where not 0; all if None.
 
     Raises:
-        ValueError: shapes differ, an axis of length zero.
+        ValueError: shapes differ.
     """
     predicted, true = _foreground(prediction, labels)
     if mask is not None:
@@ -114,7 +114,7 @@ def reference_sam4em_evaluation(
         batches: slices per batch, in order; one batch of all slices if None.
 
     Raises:
-        ValueError: shapes differ, have an axis of length zero, or are not (slices, y, x), or ``batches`` do not add up to the slices.
+        ValueError: shapes differ or are not (slices, y, x), or ``batches`` do not add up to the slices.
     """
     predicted, true = _foreground(prediction, labels)
     if predicted.ndim != 3:

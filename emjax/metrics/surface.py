@@ -52,7 +52,7 @@ def surface_distances(
         Distances; 0 if both masks are empty, infinite if only one is.
 
     Raises:
-        ValueError: shapes differ, an axis of length zero, ``voxel_size`` is not one positive number per axis, ``connectivity`` out of range.
+        ValueError: shapes differ, ``voxel_size`` is not one positive number per axis, ``connectivity`` out of range.
     """
     predicted, true = np.asarray(prediction) != 0, np.asarray(labels) != 0
     same_shape(predicted, true, "prediction", "labels")

