@@ -189,6 +189,7 @@ def test_statistics_do_not_depend_on_the_devices():
         np.testing.assert_allclose(plain.masks, split.masks, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_equal_with_and_without_slots():
     labels = jnp.asarray(boxes(2))[None]
 

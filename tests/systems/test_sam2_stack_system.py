@@ -66,6 +66,7 @@ def test_every_slice_is_written_once_with_object_ids(whole):
     assert np.isin(whole[2][prompted], (1, 4, 5)).all()
 
 
+@pytest.mark.slow
 def test_batches_and_groups_do_not_matter(whole):
     for changes in ({"batch": 5}, {"objects": 3}, {"batch": 1, "objects": 1}):
         assert (labels_of(dataclasses.replace(CONFIG, **changes)) != whole).mean() < 1e-3

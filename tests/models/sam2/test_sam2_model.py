@@ -54,6 +54,7 @@ def test_published_parameter_counts(size, count):
         assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count - fewer
 
 
+@pytest.mark.slow
 def test_half_precision_stays_near():
     points = jnp.asarray([[[30.0, 40.0]]]), jnp.ones((1, 1), jnp.int32)
 

@@ -40,6 +40,7 @@ def run(features, memory, order, start, direction, keep=True):
     return NET.propagate(memory, chosen, np.int32(order), np.int32(start), direction, SLICES, keep=keep)
 
 
+@pytest.mark.slow
 def test_pieces_equal_the_whole(features):
     memory = prompted(features, {0: 20.0})
     order = np.arange(SLICES)
@@ -76,6 +77,7 @@ def test_prompted_slices_keep_their_own_result(features):
         assert np.array_equal(found.low[z, 0], memory.prompted_low[0, place])
 
 
+@pytest.mark.slow
 def test_objects_begin_at_their_own_slice(features):
     memory = prompted(features, {0: 20.0}, objects=2)
     after, found = run(features, memory, np.arange(4), [0, 2], FORWARD)
