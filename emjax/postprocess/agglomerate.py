@@ -23,8 +23,10 @@ MERGED = np.uint8(4)
 
 # A canonical score in [0, 2) is ordered by its first 31 binary places.
 KEY_SCALE = 2.0**31
-# A node with more neighbours than this has its edges in a hash table.
-HUB = 64
+# A node with more neighbours than this has its edges in a hash table: in the canonical order, which looks at all of a node's
+# edges anyway, and in waterz's.
+HUB = 256
+HUB_OF_WATERZ = 64
 # Half-edges are numbered by uint32.
 LARGEST_EDGES = 2**31 - 1
 LARGEST_QUEUE = 2**16
@@ -388,7 +390,7 @@ def _merge(
     degree[big] -= np.uint32(1)
     if not hub[big]:
         _tidy(big, turn, begin, around, fill, chain, tail, parent, flags, mark)
-        hub[big] = degree[big] > HUB
+        hub[big] = degree[big] > (HUB if ours else HUB_OF_WATERZ)
         if hub[big]:
             if used[0] < 0:
                 table[: used[1]] = NONE
