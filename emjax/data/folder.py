@@ -45,6 +45,7 @@ def one_line(doing: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    # NotImplementedError is what TensorStore raises for a codec or driver that it lacks.
     except (ValueError, OSError, EOFError, RuntimeError, KeyError, NotImplementedError) as error:
         raise UserError(f"{doing}: {reason(error)}") from None
 

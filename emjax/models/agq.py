@@ -511,7 +511,8 @@ class Decoder(nnx.Module):
         stages = [Stage(queries, kernels, masks)]
         for index, (update, interact) in enumerate(zip(self.updates, self.interactions), 1):
             shares = jax.nn.softmax(masks[..., 1:], -1) * valid[:, None, None, None]
-            gathered = jnp.einsum("bzyxn,bzyxc->bnc", shares, features, precision=_EXACT)
+            # Section by section: a sum over so many voxels at once is rounded differently for every number of queries.
+            gathered = jnp.einsum("bzyxn,bzyxc->bznc", shares, features, precision=_EXACT).sum(1)
             updated = update(gathered, queries)
             queries = interact(updated, valid)
             background = self.backgrounds[index](embedding, train)

@@ -224,8 +224,8 @@ def _insert(table, used, uv, parent, hub, flags, a, b, e):
 def _compact(e, start, bins, counts, ring, tally):
     """Sums the histograms in the ring of edge e and writes the sum, sorted, back over them.
 
-    ``tally`` is zero before and after. There is always room: a sum needs no more entries of at most LARGEST_COUNT than its parts. Entries left over in the
-    last segment in use get the count 0, and the segments after it leave the ring.
+    ``tally`` is zero before and after. There is always room: a sum needs no more entries of at most LARGEST_COUNT than its
+    parts. Entries left over in the last segment in use get the count 0, and the segments after it leave the ring.
     """
     entries = 0
     segment = np.uint32(e)

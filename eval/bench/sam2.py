@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emjax.data.volume import Volume
+from emjax.errors import UserError
 from emjax.inference.segmentation import Places
 from emjax.inference.streaming import Run, stream
 from emjax.models.functional import Collections, Definition, define, initialise
@@ -208,7 +209,7 @@ class Noise:
         return np.stack(slices)[:, box[1], box[2]]
 
     def write(self, box: tuple[slice, ...], array: np.ndarray) -> None:
-        raise NotImplementedError
+        raise UserError("noise is made when it is read and cannot be written")
 
 
 def stack_of(length: int, pixels: int) -> None:
