@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("--workdir is missing: where shall checkpoints and records go?")
     distributed.use_cpu_devices(config.mesh.cpu_devices, config.data.batch_size // max(config.train.accumulate, 1))
     distributed.connect()
+    distributed.keep_freed_memory()
     if options.dry_run:
         loop.validate_run(config)
         compiled = loop.compile_step(config, loop.batch_shapes(config))

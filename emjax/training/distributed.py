@@ -1,5 +1,6 @@
-"""Several processes: when to connect them, and how they agree to stop."""
+"""Several processes: when to connect them, and how they agree to stop. The host's own cores and memory."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -49,6 +50,23 @@ def use_cpu_devices(count: int, batch: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     usable = count or max(number for number in range(1, cores + 1) if batch % number == 0)
     jax.config.update("jax_num_cpu_devices", usable)
+
+
+def keep_freed_memory() -> None:
+    """Keeps what is freed for the next step instead of handing it back, where the host itself is the device.
+
+    XLA takes its temporaries anew for every step; glibc returns blocks that large to the system at once, and faulting
+    their pages in again took up to 29 % of a step. Without effect for accelerators and other C libraries.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 class Stop:

@@ -277,7 +277,7 @@ def _train(
     stopped = False
     while step < train.steps and not stopped:
         batch = _next(batches, progress)
-        with profiler.step(step):
+        with profiler.step(step, state):
             on_devices = sharding.to_devices(batch, compiled.batch_shardings, config.data.batch_size)
             state, scalars = compiled.step(state, on_devices, key)
         step += 1
@@ -300,7 +300,7 @@ def _train(
             checkpoints.save(step, state, best)
     if waiting is not None:
         _log(*waiting, records, progress, train.most_skipped, lead)
-    profiler.close()
+    profiler.close(state)
     records.close()
     return Outcome(step, step >= train.steps, scores)
 
@@ -374,23 +374,29 @@ class _Validator:
 
 
 class _Profiler:
-    """Traces ``train.profile`` steps with the JAX profiler into ``workdir/profile``."""
+    """Traces ``train.profile`` steps with the JAX profiler into ``workdir/profile``.
+
+    Steps are dispatched ahead of the device: the trace begins and ends when the device has reached the state, so that it
+    holds the work of the steps asked for and of no others.
+    """
 
     def __init__(self, config: Experiment, workdir: pathlib.Path):
         self.first, self.count = config.train.profile
         self.folder = workdir / "profile"
         self.running = False
 
-    def step(self, step: int):
+    def step(self, step: int, state: State):
         if self.count and step == self.first and not self.running:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self.running = True
         if self.running and step >= self.first + self.count:
-            self.close()
+            self.close(state)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-    def close(self) -> None:
+    def close(self, state: State) -> None:
         if self.running:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self.running = False
             logger.info("profile written to %s", self.folder)
