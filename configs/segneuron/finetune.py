@@ -126,7 +126,7 @@ def get_config(variant: str = "") -> Experiment:
         ),
         data=dataclasses.replace(local.data, crop=CPU_CROP, batch_size=1, threads=1, validation_batches=4),
         optimizer=CPU_OPTIMIZER,
-        train=Train(steps=400, log_every=20, validate_every=100, save_every=25, overlays=0),
+        train=Train(steps=300, log_every=20, validate_every=100, save_every=25, overlays=0),
         mesh=Mesh(cpu_devices=1),
     )
     if variant == "cpu":
