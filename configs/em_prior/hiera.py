@@ -95,7 +95,8 @@ def get_config(variant: str = "") -> Experiment:
     nano = dataclasses.replace(
         cpu,
         system=dataclasses.replace(cpu.system, encoder=sam2_config("nano", image_only=True, features=NANO_FEATURES)),
-        train=dataclasses.replace(cpu.train, steps=500),
+        optimizer=dataclasses.replace(cpu.optimizer, lr=1e-3),
+        train=dataclasses.replace(cpu.train, validate_every=250),
     )
     if variant == "nano":
         return nano
