@@ -26,7 +26,7 @@ import time
 
 import jax
 import numpy as np
-from trainings import cost, last_losses, machine, steps_done, train
+from trainings import cost, last_losses, machine, steps_done, train, write_results
 
 from emjax import segment
 from emjax.data.volume import open_volume
@@ -196,8 +196,7 @@ def main() -> int:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(text)
+    write_results(options.output, text)
     return 0
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from scipy import ndimage, stats
-from trainings import machine
+from trainings import machine, write_results
 
 from emjax import predict
 from emjax.config import Experiment, from_json, load
@@ -487,19 +487,9 @@ def main(arguments: list[str] | None = None) -> int:
             train(options, row, seed)
         truth = truth or read_truth(options.set)
         evaluated(options, row, seed, truth)
-        write(options)
-    write(options)
+        write_results(options.output, report(options.runs))
+    write_results(options.output, report(options.runs))
     return 0
-
-
-def write(options: argparse.Namespace) -> None:
-    """Writes the results file; what stands in it below "Remarks" (by hand) is kept."""
-    before = options.output.read_text() if options.output.is_file() else ""
-    marker = "\n## Remarks\n"
-    kept = before[before.index(marker) :] if marker in before else ""
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(report(options.runs) + kept)
-    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

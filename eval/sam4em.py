@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import numpy as np
-from trainings import machine
+from trainings import machine, write_results
 
 from emjax.config import Experiment
 from emjax.data.pipeline import Source
@@ -252,9 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     for names, rows in blanks.items():
         head = ("run", "volume", "the network has", *(f"IoU {name}" for name in names))
         text += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text("\n".join(text) + "\n")
-    print(f"wrote {options.output}")
+    write_results(options.output, "\n".join(text) + "\n")
     return 0
 
 

@@ -20,7 +20,7 @@ import time
 
 import jax
 from segneuron import SETS, TABLE, score_run
-from trainings import cost, last_losses, machine, steps_done, train
+from trainings import cost, last_losses, machine, steps_done, train, write_results
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -89,8 +89,7 @@ def main() -> int:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(text)
+    write_results(options.output, text)
     return 0
 
 

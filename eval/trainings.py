@@ -1,4 +1,4 @@
-"""Trainings of an evaluation: started, gone on with, or left alone when they are whole; and what they cost."""
+"""Trainings of an evaluation: started, gone on with, or left alone when they are whole; what they cost; its results file."""
 
 import json
 import os
@@ -84,3 +84,12 @@ def last_losses(workdir: pathlib.Path) -> str:
     lines = [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
     losses = [line["loss"] for line in lines if line["kind"] == "validation"]
     return f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "-"
+
+
+def write_results(path: pathlib.Path, text: str) -> None:
+    """Writes a results file; what stands in it below "Remarks", by hand, is kept."""
+    before = path.read_text() if path.is_file() else ""
+    marker = "\n## Remarks\n"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + (before[before.index(marker) :] if marker in before else ""))
+    print(f"wrote {path}")
