@@ -3,8 +3,8 @@
     python -m emjax.train --config configs/agq/isbi2012.py --workdir runs/agq_isbi2012          # one GPU
     python -m emjax.train --config configs/agq/isbi2012.py:cpu --workdir runs/agq_isbi2012_cpu  # 2 CPU cores
 
-Trained by us for 201 steps of "cpu" only (eval/results/agq_isbi2012.md). The sections are thick and few (16 for training, 6 for validation), so blocks have 5 of them;
-label 0 is membrane, a class of its own.
+Trained by us for 201 steps of "cpu" only (eval/results/agq_isbi2012.md). The sections are thick and few (16 for training,
+6 for validation), so blocks have 5 of them; label 0 is membrane, a class of its own.
 
 Variants: "" (the published network), "cpu" (a small network on small crops), "debug" (a look at the machinery).
 Data: ``EMJAX_DATA`` (default ``../shared/data``) must hold ``isbi2012_vnc``.
