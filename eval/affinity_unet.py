@@ -19,7 +19,7 @@ import sys
 import time
 
 import numpy as np
-from trainings import machine
+from trainings import machine, write_results
 
 from emjax import predict, segment
 from emjax.config import Experiment, from_json
@@ -153,8 +153,7 @@ def main() -> int:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}_{options.set}.md").write_text(text)
+    write_results(RESULTS / f"{options.name}_{options.set}.md", text)
     return 0
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from trainings import machine
+from trainings import machine, write_results
 
 from emjax.data.rescale import rescale_image, rescale_labels, rescaled_shape
 from emjax.data.volume import open_volume
@@ -156,13 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
         place = pathlib.Path(workdir)
         lines += score_run(place.name, place, options.which, options.set or sorted(SETS), options.rescale)
     command = shlex.join(["python", "eval/segneuron.py", *(sys.argv[1:] if arguments is None else arguments)])
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(
+    write_results(
+        options.output,
         f"# SegNeuron on the validation parts\n\n`{command}`\n\n{machine()}, {time.monotonic() - start:.0f} s. VI in "
         "bits, ground truth 0 (and the residual body of fib25) ignored. 2D: mean over sections, each segmented by "
-        "itself.\n\n" + "\n".join(lines) + "\n"
+        "itself.\n\n" + "\n".join(lines) + "\n",
     )
-    print(f"wrote {options.output}")
     return 0
 
 

@@ -22,7 +22,6 @@ from segneuron import (
     RESULTS,
     Scores,
     fit_domain,
-    machine,
     network,
     predict,
     row,
@@ -30,6 +29,7 @@ from segneuron import (
     score_3d,
     segmentations,
 )
+from trainings import machine, write_results
 
 from emjax.data.emneuron import OUT_OF_DISTRIBUTION, read_manifest
 from emjax.errors import UserError
@@ -111,13 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
             lines.append(row([one.name, mode, "yes" if restrict else "no"], scores) + ending)
             print(lines[-1], flush=True)
     command = shlex.join(["python", "eval/segneuron_zero_shot.py", *(sys.argv[1:] if arguments is None else arguments)])
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(
+    write_results(
+        options.output,
         f"# SegNeuron, zero-shot\n\n`{command}`\n\n{machine()}, {time.monotonic() - start:.0f} s.\n\n"
         + "\n".join(lines)
-        + "\n"
+        + "\n",
     )
-    print(f"wrote {options.output}")
     return 0
 
 

@@ -56,7 +56,8 @@ def keep_freed_memory() -> None:
     """Keeps what is freed for the next step instead of handing it back, where the host itself is the device.
 
     XLA takes its temporaries anew for every step; glibc returns blocks that large to the system at once, and faulting
-    their pages in again took up to 29 % of a step. Without effect for accelerators and other C libraries.
+    their pages in again costs time, little on an idle machine and more beside other work (docs/performance.md). Without
+    effect for accelerators and other C libraries.
     """
     if jax.default_backend() != "cpu":
         return
