@@ -9,12 +9,15 @@
     python -m emjax.train --config configs/sam4em/vnc_semantic.py:cpu_stage2 --workdir runs/vnc_cpu2 \\
         --config.train.init_from=runs/vnc_cpu
 
-``EM_PRIOR`` names the EM-prior run that ``cpu`` variants start from (default runs/em_prior_nano). Hardware, times and
+    python -m emjax.train --config configs/sam4em/vnc_semantic.py:gpu --workdir runs/vnc_gpu     # one GPU, a minute or two
+
+``EM_PRIOR`` names the EM-prior run that ``cpu`` and ``gpu`` variants start from (default runs/em_prior_nano). Hardware, times and
 scores: eval/results/sam4em.md.
 
 Variants: "" and "stage1" (512 x 512, SAM 2 base+ with adapters), "stage2" (adapters in the decoders), "reference" (the published
-code's settings), "cpu", "cpu_stage2" (the trunk "nano" on slices halved in plane), and of "cpu" the ablations "cpu_reference", "cpu_frozen",
-"cpu_full", "cpu_nomemory", "cpu_onestage", "cpu_random" (no EM-prior); "cpu_long" ("cpu_full" for 800 steps); "debug" (a minute).
+code's settings); "cpu" (the trunk "nano" on slices halved in plane) and "gpu" (the same network on whole slices, four crops a
+step), each with "_stage2", with the ablations "_reference", "_frozen", "_full", "_nomemory", "_onestage", "_random" (no
+EM-prior), and with "_long" ("_full" for more steps); "debug" (a minute).
 Data: ``EMJAX_DATA`` (default ``../shared/data``) must hold ``vnc_semantic``; its licence is non-commercial.
 """
 
@@ -38,6 +41,8 @@ CLASSES = (
     sam4em.Class(name="glia", labels=(2,)),
     sam4em.Class(name="synapse", labels=(3,)),
 )
+
+LONG_STEPS = {"cpu": 800, "gpu": 1500}
 
 # One draw for all slices of a chunk, but for grey values: neighbouring slices stay as they fit.
 AUGMENT = (
@@ -122,6 +127,19 @@ def _cpu() -> Experiment:
     )
 
 
+def _gpu() -> Experiment:
+    small = _cpu()
+    system = small.system
+    return dataclasses.replace(
+        small,
+        system=dataclasses.replace(system, shrink=1, model=dataclasses.replace(system.model, dtype="bfloat16")),
+        data=dataclasses.replace(small.data, batch_size=4, threads=4, validation_batches=4),
+        optimizer=Optimizer(lr=1e-3, warmup_steps=50),
+        train=dataclasses.replace(small.train, steps=500, log_every=50, validate_every=250, save_every=250),
+        mesh=Mesh(),
+    )
+
+
 def _second(first: Experiment, lora: LoRA, lr: float, steps: int) -> Experiment:
     return dataclasses.replace(
         first,
@@ -153,14 +171,18 @@ def _debug() -> Experiment:
 
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
-    ablations = [f"cpu_{row}" for row in sam4em.ABLATIONS]
-    known = ["", "stage1", "stage2", "reference", "cpu", "cpu_stage2", *ablations, "cpu_random", "cpu_long", "debug"]
+    small = {"cpu": _cpu, "gpu": _gpu}
+    rows = ["", *(f"_{row}" for row in (*sam4em.ABLATIONS, "random", "long", "stage2"))]
+    known = ["", "stage1", "stage2", "reference", "debug", *(f"{machine}{row}" for machine in small for row in rows)]
     if variant not in known:
         raise variant_error(variant, known)
+    machine, _, row = variant.partition("_")
+    if machine in small:
+        return _small(small[machine](), row, LONG_STEPS[machine])
+    if variant == "debug":
+        return _debug()
     if variant == "stage2":
         return _second(_full(), LoRA(rank=16, alpha=16.0), 2e-4, 4_000)
-    if variant == "cpu_stage2":
-        return _second(_cpu(), LoRA(rank=8, alpha=16.0), 1e-3, 100)
     if variant == "reference":
         full = _full()
         schedule = Optimizer(
@@ -177,15 +199,20 @@ def get_config(variant: str = "") -> Experiment:
         return _published_augmentation(
             dataclasses.replace(full, system=sam4em.published(full.system), optimizer=schedule)
         )
-    if variant == "debug":
-        return _debug()
-    cpu = _cpu()
-    if variant in ablations:
-        row = dataclasses.replace(cpu, system=sam4em.ablation(cpu.system, variant.removeprefix("cpu_")))
-        return _published_augmentation(row) if variant == "cpu_reference" else row
-    if variant == "cpu_long":
-        train = dataclasses.replace(cpu.train, steps=800, validate_every=200, save_every=100)
-        return dataclasses.replace(cpu, system=sam4em.ablation(cpu.system, "full"), train=train)
-    if variant == "cpu_random":
-        return dataclasses.replace(cpu, train=dataclasses.replace(cpu.train, init_from=""))
-    return cpu if variant == "cpu" else _full()
+    return _full()
+
+
+def _small(base: Experiment, row: str, long_steps: int) -> Experiment:
+    """``base``, or what is changed in it for a row of the ablation table."""
+    if row == "stage2":
+        return _second(base, LoRA(rank=8, alpha=16.0), 1e-3, base.train.steps * 2 // 3)
+    if row == "random":
+        return dataclasses.replace(base, train=dataclasses.replace(base.train, init_from=""))
+    if row == "long":
+        often = long_steps // 4
+        train = dataclasses.replace(base.train, steps=long_steps, validate_every=often, save_every=often // 2)
+        return dataclasses.replace(base, system=sam4em.ablation(base.system, "full"), train=train)
+    if row:
+        changed = dataclasses.replace(base, system=sam4em.ablation(base.system, row))
+        return _published_augmentation(changed) if row == "reference" else changed
+    return base

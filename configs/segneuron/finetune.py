@@ -7,8 +7,8 @@
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; published scores in
 docs/segneuron.md, not trained by us), "local" (the same network on fib25_medulla and isbi2012_vnc, mixed with each
-other), "cpu" (local data, narrow network, small crops, batch 1: minutes), "debug" (for a look at the machinery).
-``python eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
+other), "gpu" (local data, a network of half the widths, batch 4: minutes of one GPU), "cpu" (local data, narrow network,
+small crops, batch 1: minutes), "debug" (for a look at the machinery). ``python eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
 Ablations: ``--config.system.mixing.frequency_p=0``, ``--config.system.mixing.spatial_p=0``,
 ``--config.system.segmentation.restrict=False``; the published code's slips: ``--config.system.mixing.reference=True``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -27,6 +27,7 @@ from emjax.systems import segneuron
 
 DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 EMNEURON = os.environ.get("EMNEURON", "../emneuron")
+HALF = (16, 32, 48, 64, 128)
 CROP = (20, 128, 128)
 LOCAL_CROP = (16, 128, 128)
 CPU_CROP = (16, 64, 64)
@@ -82,7 +83,7 @@ def local_sources(part: str) -> tuple[Source, ...]:
 
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
-    known = ["", "local", "cpu", "debug"]
+    known = ["", "local", "gpu", "cpu", "debug"]
     if variant not in known:
         raise variant_error(variant, known)
     full = Experiment(
@@ -112,6 +113,14 @@ def get_config(variant: str = "") -> Experiment:
     )
     if variant == "local":
         return local
+    if variant == "gpu":
+        return dataclasses.replace(
+            local,
+            system=dataclasses.replace(local.system, model=mnet.Config(widths=HALF, remat=True, dtype="bfloat16")),
+            data=dataclasses.replace(local.data, batch_size=4, validation_batches=2),
+            optimizer=Optimizer(name="adam", lr=1e-3, warmup_steps=50, weight_decay=1e-6, decay_norms=True),
+            train=Train(steps=1000, log_every=50, validate_every=250, save_every=250, overlays=0),
+        )
     cpu = dataclasses.replace(
         local,
         system=dataclasses.replace(

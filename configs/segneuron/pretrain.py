@@ -5,8 +5,9 @@
     python -m emjax.train --config configs/segneuron/pretrain.py:cpu --workdir runs/segneuron_pretrain_cpu
 
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; not trained by us),
-"local" (the same network on every raw volume of the small public crops), "cpu" (local data, narrow network, small
-crops, batch 1: minutes; goes with finetune.py:cpu), "debug" (for a look at the machinery).
+"local" (the same network on every raw volume of the small public crops), "gpu" (half the widths, batch 4: a minute of
+one GPU; goes with finetune.py:gpu), "cpu" (narrow network, small crops, batch 1: minutes; goes with finetune.py:cpu),
+"debug" (for a look at the machinery).
 Ablations of the paper: ``--config.system.fill=zero``, ``--config.system.fill=mean``,
 ``--config.system.blocks="((4,8,8),)"`` (one scale), ``--config.system.hog_weight=0``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
@@ -24,6 +25,7 @@ from emjax.systems import segneuron_pretraining
 
 DATA = os.environ.get("EMJAX_DATA", "../shared/data")
 EMNEURON = os.environ.get("EMNEURON", "../emneuron")
+HALF = (16, 32, 48, 64, 128)
 CROP = (20, 128, 128)
 LOCAL_CROP = (16, 128, 128)
 CPU_CROP = (16, 64, 64)
@@ -65,7 +67,7 @@ def _source(name: str, voxel_size: tuple[float, float, float], pad: tuple[int, i
 
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
-    known = ["", "local", "cpu", "debug"]
+    known = ["", "local", "gpu", "cpu", "debug"]
     if variant not in known:
         raise variant_error(variant, known)
     local_train = tuple(_source(*entry) for entry in LOCAL)
@@ -99,6 +101,15 @@ def get_config(variant: str = "") -> Experiment:
     )
     if variant == "local":
         return local
+    if variant == "gpu":
+        model = mnet.pretraining(mnet.Config(widths=HALF, remat=True, dtype="bfloat16"))
+        return dataclasses.replace(
+            local,
+            system=dataclasses.replace(local.system, model=model),
+            data=dataclasses.replace(local.data, batch_size=4, validation_batches=2),
+            optimizer=Optimizer(name="adam", lr=1e-3, warmup_steps=50, weight_decay=1e-6, decay_norms=True),
+            train=Train(steps=500, log_every=50, validate_every=250, save_every=250, overlays=0),
+        )
     cpu = dataclasses.replace(
         local,
         system=dataclasses.replace(

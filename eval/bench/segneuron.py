@@ -5,7 +5,7 @@
     python eval/bench/segneuron.py --pipeline 64,256,256
 
 Prints seconds per call (wall clock, and processor time over all threads), MVox/s and the ratios, from one run in which
-the two take turns. Needs the extra ``torch``. ``--pipeline`` predicts by the published tiling and segments; its voxels
+the two take turns, on an accelerator both on it. Needs the extra ``torch``. ``--pipeline`` predicts by the published tiling and segments; its voxels
 are those of the volume, most of which eight tiles see.
 """
 
@@ -101,6 +101,17 @@ class TorchMNet(torch.nn.Module):
         )
 
 
+def torch_device() -> str:
+    """Where PyTorch computes: beside JAX."""
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def finished() -> None:
+    """Waits for PyTorch's device."""
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
+
+
 def clocks(call: Callable[[], object]) -> tuple[float, float]:
     """(wall, processor) seconds of one call."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -114,8 +125,8 @@ def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object]
     timed = [(clocks(ours), clocks(theirs)) for _ in range(repeats)]
     wall, processor = ([min(pair[side][kind] for pair in timed) for side in (0, 1)] for kind in (0, 1))
     print(
-        f"{title}: emjax {wall[0]:.3f} s wall, {processor[0]:.3f} s processor, {voxels / wall[0] / 1e6:.4f} MVox/s; "
-        f"PyTorch {wall[1]:.3f} s, {processor[1]:.3f} s; ratio {wall[0] / wall[1]:.2f} wall, "
+        f"{title}: emjax {wall[0]:.4f} s wall, {processor[0]:.3f} s processor, {voxels / wall[0] / 1e6:.4f} MVox/s; "
+        f"PyTorch {wall[1]:.4f} s, {processor[1]:.3f} s; ratio {wall[0] / wall[1]:.2f} wall, "
         f"{processor[0] / processor[1]:.2f} processor"
     )
 
@@ -129,11 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="32,64,96,128,256")
     parser.add_argument("--patch", type=triple, default=(20, 128, 128))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of convolutions, both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", action="store_true", help="a training step too")
     parser.add_argument("--pipeline", type=triple, metavar="Z,Y,X", help="predict and segment a volume of this size")
     options = parser.parse_args()
-    config = segneuron.Config(model=mnet.Config(widths=tuple(int(n) for n in options.widths.split(","))))
+    widths = tuple(int(n) for n in options.widths.split(","))
+    config = segneuron.Config(model=mnet.Config(widths=widths, dtype=options.dtype))
     definition = define(lambda rngs: segneuron.build(config, rngs))
     rng = np.random.default_rng(0)
     collections = jax.tree.map(
@@ -143,33 +157,40 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     print(
         f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"jax {jax.__version__}"
+        f"jax {jax.__version__}, PyTorch {torch.__version__}; widths {widths}, {options.batch} x {options.patch}, "
+        f"{options.dtype}"
     )
     reference = TorchMNet(config.model)
     state = {name: torch.from_numpy(value.copy()) for name, value in write_segneuron(collections, config.model).items()}
     reference.load_state_dict({name: state[name] for name in reference.state_dict()})
-    image = rng.random((1, *options.patch, 1), np.float32)
-    channels_first = torch.from_numpy(image[..., 0][:, None])
+    image = jnp.asarray(rng.random((options.batch, *options.patch, 1), np.float32))
+    reference = reference.to(torch_device())
+    channels_first = torch.from_numpy(np.array(image[..., 0])[:, None]).to(torch_device())
+    collections = jax.device_put(collections)
+    half = torch.autocast(torch_device(), torch.bfloat16, enabled=options.dtype == "bfloat16")
+    voxels = options.batch * int(np.prod(options.patch))
     forward = jax.jit(lambda collections, x: definition.bind(collections)(x))
 
     def ours():
         return jax.block_until_ready(forward(collections, image))
 
     def theirs():
-        with torch.no_grad():
-            return reference(channels_first)
+        with torch.no_grad(), half:
+            found = reference(channels_first)
+        finished()
+        return found
 
-    difference = np.abs(np.moveaxis(np.asarray(ours()[0]), -1, 1) - theirs()[0].numpy()).max()
+    difference = np.abs(np.moveaxis(np.asarray(ours()[0], np.float32), -1, 1) - theirs()[0].float().cpu().numpy()).max()
     print(f"largest difference of affinities: {difference:.1e}")
-    compare("forward", ours, theirs, int(np.prod(options.patch)), options.repeats)
+    compare("forward", ours, theirs, voxels, options.repeats)
     if options.train:
-        _training(config, definition, collections, reference, image, channels_first, options)
+        _training(config, definition, collections, reference, image, channels_first, half, options)
     if options.pipeline:
         _pipeline(config, collections, options.pipeline, options.patch)
 
 
-def _training(config, definition, collections, reference, image, channels_first, options) -> None:
-    labels = np.random.default_rng(1).integers(0, 5, (1, *options.patch)).astype(np.int32)
+def _training(config, definition, collections, reference, image, channels_first, half, options) -> None:
+    labels = np.random.default_rng(1).integers(0, 5, (options.batch, *options.patch)).astype(np.int32)
     batch = {"image": jnp.asarray(image[..., 0]), "labels": jnp.asarray(labels)}
     optimizer = optax.adam(1e-3)
 
@@ -185,22 +206,27 @@ def _training(config, definition, collections, reference, image, channels_first,
     state = optimizer.init(params)
     wanted = segneuron.targets(config, batch)
     affinities, inside = (
-        torch.from_numpy(np.moveaxis(np.array(wanted[name]), -1, 1)) for name in ("affinities", "foreground")
+        torch.from_numpy(np.moveaxis(np.array(wanted[name]), -1, 1)).to(torch_device())
+        for name in ("affinities", "foreground")
     )
     torch_optimizer = torch.optim.Adam(reference.parameters(), 1e-3)
 
     def theirs():
         torch_optimizer.zero_grad()
-        first, second = reference(channels_first)
+        with half:
+            first, second = reference(channels_first)
         voxels = inside.numel()
-        (((first - affinities) ** 2).sum() / voxels + ((second - inside) ** 2).sum() / voxels).backward()
+        (
+            ((first.float() - affinities) ** 2).sum() / voxels + ((second.float() - inside) ** 2).sum() / voxels
+        ).backward()
         torch_optimizer.step()
+        finished()
 
     compare(
         "training step",
         lambda: jax.block_until_ready(step(params, state)),
         theirs,
-        int(np.prod(options.patch)),
+        options.batch * int(np.prod(options.patch)),
         options.repeats,
     )
 

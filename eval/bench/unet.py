@@ -3,7 +3,7 @@
     python eval/bench/unet.py [--crop 16,96,96] [--batch 2] [--repeats 5]
 
 Prints seconds per call (wall clock, and processor time over all threads) and the ratios, from one run in which the two
-take turns. Needs the extra ``torch``.
+take turns, on an accelerator both on it. Needs the extra ``torch``.
 """
 
 import argparse
@@ -127,19 +127,23 @@ def main() -> None:
         state, scalars = compiled.step(state, on_devices, key)
         jax.block_until_ready(scalars)
 
-    network = TorchUNet(model, 3)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    finished = torch.cuda.synchronize if device == "cuda" else lambda: None
+    network = TorchUNet(model, 3).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    image = torch.from_numpy(batch["image"].astype(np.float32) / 255)[:, None]
-    target = (torch.rand(options.batch, 3, *crop) > 0.1).float()
+    image = torch.from_numpy(batch["image"].astype(np.float32) / 255)[:, None].to(device)
+    target = (torch.rand(options.batch, 3, *crop, device=device) > 0.1).float()
 
     def torch_forward():
         with torch.no_grad():
             torch.sigmoid(network(image))
+        finished()
 
     def torch_step():
         optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(network(image), target).backward()
         optimizer.step()
+        finished()
 
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {len(jax.devices())} JAX devices "
@@ -154,7 +158,7 @@ def main() -> None:
             tuple(min(pair[side][index] for pair in times) for index in (0, 1)) for side in (0, 1)
         )
         print(
-            f"{name:14} emjax {wall:.3f} s ({cpu:.3f} processor-s)  torch {torch_wall:.3f} s ({torch_cpu:.3f})  "
+            f"{name:14} emjax {wall:.4f} s ({cpu:.3f} processor-s)  torch {torch_wall:.4f} s ({torch_cpu:.3f})  "
             f"ratio {wall / torch_wall:.2f} wall, {cpu / torch_cpu:.2f} processor"
         )
 
