@@ -71,3 +71,19 @@ def test_unknown_implementation():
     x = jnp.ones((1, 4, 8))
     with pytest.raises(ValueError, match="implementation is 'flash'"):
         attend(x, x, x, implementation="flash")
+
+
+@pytest.mark.parametrize(("tokens", "keys", "fused"), [(64, 64, True), (5, 5, False), (5, 64, False), (64, 5, False)])
+def test_the_fused_form_is_taken_where_its_gradient_works(monkeypatch, tokens, keys, fused):
+    # On an H200 a decoder's 5 tokens ended a training with "Unsupported sequence length".
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    taken = []
+
+    def recorded(q, k, v, mask, implementation):
+        taken.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    q, kv = (jnp.ones((1, 2, n, 16), jnp.bfloat16) for n in (tokens, keys))
+    attend(q, kv, kv)
+    assert taken == (["cudnn"] if fused else [])
