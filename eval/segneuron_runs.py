@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--pretrain", default="", metavar="FIELD=VALUE ...", help="overrides of pretraining")
     parser.add_argument("--finetune", default="", metavar="FIELD=VALUE ...", help="overrides of fine-tuning")
     parser.add_argument("--set", action="append", choices=sorted(SETS), help="to score (default: all)")
+    parser.add_argument("--beta", action="append", type=float, default=[], help="of the multicut; may be repeated")
     parser.add_argument("--only_score", action="store_true", help="train nothing, score the runs that are there")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "segneuron.md")
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> int:
         done, operations, seconds = cost(workdir)
         costs.append(f"| {name} | {done} | {operations:.2f} | {seconds:.0f} | {last_losses(workdir)} |")
         if file == "finetune":
-            rows += score_run(name, workdir, "latest", options.set or sorted(SETS))
+            rows += score_run(name, workdir, "latest", options.set or sorted(SETS), options.beta)
     lines = [
         "# SegNeuron on the validation parts of fib25_medulla and isbi2012_vnc",
         "",

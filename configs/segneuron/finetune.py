@@ -75,7 +75,8 @@ def local_sources(part: str) -> tuple[Source, ...]:
     """The labelled volumes at hand; FIB sections are thinned out by up to 2, as their small depth allows."""
     fib_steps = (1, 2) if part == "train" else (1,)
     return (
-        _source("fib25_medulla", part, (10.0, 10.0, 10.0), z_steps=fib_steps),
+        # Its objects touch each other; the published labels leave membrane unlabelled.
+        _source("fib25_medulla", part, (10.0, 10.0, 10.0), z_steps=fib_steps, membrane=(1, 3, 3)),
         # 16 sections, and 6 for validation, which reflection continues to 16.
         _source("isbi2012_vnc", part, (50.0, 4.0, 4.0), pad=(0 if part == "train" else 5, 0, 0)),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from scipy import ndimage
 
 from emjax.errors import UserError
 
@@ -92,6 +93,13 @@ def as_int32_ids(labels: np.ndarray) -> np.ndarray:
         shift = 0 if found[0] == 0 else 1
         return (inverse.reshape(labels.shape) + shift).astype(np.int32)
     return labels.astype(np.int32)
+
+
+def with_membrane(labels: np.ndarray, window: Shape) -> np.ndarray:
+    """``emjax.data.targets.widen_borders`` of an int32 crop (z, y, x), on the host: 0 where the window holds two ids."""
+    high = ndimage.maximum_filter(labels, window, mode="nearest")
+    low = ndimage.minimum_filter(np.where(labels > 0, labels, INT32_MAX), window, mode="nearest")
+    return np.where((high > 0) & (low < high), 0, labels)
 
 
 @numba.njit(nogil=True, cache=True)

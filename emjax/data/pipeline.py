@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from emjax.data.augment import Augmentation, apply_draws, draw_chain, needed_shape
-from emjax.data.crops import Draws, Sample, Shape, as_float, as_int32_ids, as_uint8, split_components
+from emjax.data.crops import Draws, Sample, Shape, as_float, as_int32_ids, as_uint8, split_components, with_membrane
 from emjax.data.semantic import ClassVolume, check_values, open_classes
 from emjax.data.volume import Volume, check_finite, common_region, open_volume, read_cached, require_same_grid
 from emjax.errors import UserError
@@ -40,6 +40,8 @@ class Source:
         voxel_size: nm (z, y, x), where the file does not state it.
         begin, end: the part of the volume that may be used, voxels (z, y, x); None = all.
         pad: voxels by which the volume is continued by reflection on each side (z, y, x).
+        membrane: odd window (z, y, x); labels become 0 where it holds more than one id. For dense labels, without the
+            membrane between objects that others leave unlabelled. None leaves them as they are.
         z_steps: every how many sections to take, drawn uniformly for each crop (SegNeuron trains on 1 to 3).
         intensity_range: grey values that become 0 and 1; None = the range of an integer dtype, 0 to 1 for floats.
     """
@@ -56,6 +58,7 @@ class Source:
     begin: Shape | None = None
     end: Shape | None = None
     pad: Shape = (0, 0, 0)
+    membrane: Shape | None = None
     z_steps: tuple[int, ...] = (1,)
     intensity_range: tuple[float, float] | None = None
 
@@ -66,6 +69,8 @@ class Source:
             raise UserError(f"source {self.title}: found z_steps {self.z_steps}, expected whole numbers from 1 up")
         if len(self.pad) != 3 or min(self.pad) < 0:
             raise UserError(f"source {self.title}: found pad {self.pad}, expected three numbers (z, y, x) from 0 up")
+        if self.membrane is not None and (len(self.membrane) != 3 or any(n < 1 or n % 2 == 0 for n in self.membrane)):
+            raise UserError(f"source {self.title}: found membrane {self.membrane}, expected three odd sizes (z, y, x)")
         if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
             raise UserError(f"source {self.title}: found intensity_range {self.intensity_range}, expected (low, high)")
 
@@ -266,6 +271,9 @@ class Sampler:
             if source.ignore_labels and part.labels is not None:
                 keep[np.isin(sample["labels"], source.ignore_labels)] = 0
             sample["mask"] = keep
+        if source.membrane is not None and part.labels is not None:
+            # Last: what is left out of the loss goes by the labels as they are.
+            sample["labels"] = with_membrane(sample["labels"], source.membrane)
         return sample
 
     def draw(self, rng: np.random.Generator) -> SampleDraws:

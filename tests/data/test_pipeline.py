@@ -1,13 +1,17 @@
 """The loader: a pure function of the step, whatever the number of processes, and clear words for wrong input."""
 
+import dataclasses
+
 import h5py
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from emjax.data.augment import Elastic, FlipTranspose, GaussianNoise, MissingSection, needed_shape
 from emjax.data.crops import shape_of
 from emjax.data.pipeline import Loader, Source
+from emjax.data.targets import widen_borders
 from emjax.data.volume import save_volume
 from emjax.errors import UserError
 
@@ -112,6 +116,15 @@ def test_weights_set_the_shares(tmp_path):
     loader = Loader(sources, (4, 8, 8), 400)
     share = np.mean(loader.batch(0)["image"][:, 0, 0, 0])
     assert abs(share - 0.75) < 0.08
+
+
+def test_touching_objects_get_a_membrane(source):
+    plain = Loader([source], CROP, 2).batch(3)
+    batch = Loader([dataclasses.replace(source, membrane=(1, 3, 3))], CROP, 2).batch(3)
+    for labels, wanted in zip(batch["labels"], plain["labels"]):
+        np.testing.assert_array_equal(labels, widen_borders(jnp.asarray(wanted), (1, 3, 3)))
+    with pytest.raises(UserError, match=r"source a: found membrane \(1, 2, 3\), expected three odd sizes"):
+        dataclasses.replace(source, membrane=(1, 2, 3))
 
 
 def test_masks_and_ignored_labels(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from emjax.data import targets
+from emjax.data.crops import with_membrane
 from emjax.errors import UserError
 
 
@@ -76,6 +77,7 @@ def test_widening_equals_a_loop(window):
     np.testing.assert_array_equal(
         jax.jit(targets.widen_borders, static_argnums=1)(labels, window), slow_widen(labels, window)
     )
+    np.testing.assert_array_equal(with_membrane(np.asarray(labels), window), slow_widen(labels, window))
 
 
 def test_widening_needs_an_odd_window():
