@@ -9,7 +9,7 @@
     python -m emjax.train --config configs/sam4em/vnc_semantic.py:cpu_stage2 --workdir runs/vnc_cpu2 \\
         --config.train.init_from=runs/vnc_cpu
 
-    python -m emjax.train --config configs/sam4em/vnc_semantic.py:gpu --workdir runs/vnc_gpu     # one GPU, a minute or two
+    python -m emjax.train --config configs/sam4em/vnc_semantic.py:gpu --workdir runs/vnc_gpu     # one GPU, minutes
 
 ``EM_PRIOR`` names the EM-prior run that ``cpu`` and ``gpu`` variants start from (default runs/em_prior_nano). Hardware, times and
 scores: eval/results/sam4em.md.

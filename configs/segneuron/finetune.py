@@ -8,7 +8,8 @@
 Variants: "" (EMNeuron, the published recipe: batch 8, 400,000 steps, meant for two GPUs of 24 GB; published scores in
 docs/segneuron.md, not trained by us), "local" (the same network on fib25_medulla and isbi2012_vnc, mixed with each
 other), "gpu" (local data, a network of half the widths, batch 4: minutes of one GPU), "cpu" (local data, narrow network,
-small crops, batch 1: minutes), "debug" (for a look at the machinery). ``python eval/segneuron_runs.py`` trains "cpu" with and without pretraining and writes ``eval/results/segneuron.md``.
+small crops, batch 1: minutes), "debug" (for a look at the machinery). ``python eval/segneuron_runs.py --variant gpu`` (or
+``cpu``) trains with and without pretraining and writes ``eval/results/segneuron.md``.
 Ablations: ``--config.system.mixing.frequency_p=0``, ``--config.system.mixing.spatial_p=0``,
 ``--config.system.segmentation.restrict=False``; the published code's slips: ``--config.system.mixing.reference=True``.
 Data: ``EMNEURON`` for "", else ``EMJAX_DATA`` (default ``../shared/data``).
