@@ -17,7 +17,8 @@ scores: eval/results/sam4em.md.
 Variants: "" and "stage1" (512 x 512, SAM 2 base+ with adapters), "stage2" (adapters in the decoders), "reference" (the published
 code's settings); "cpu" (the trunk "nano" on slices halved in plane) and "gpu" (the same network on whole slices, four crops a
 step), each with "_stage2", with the ablations "_reference", "_frozen", "_full", "_nomemory", "_onestage", "_random" (no
-EM-prior), and with "_long" ("_full" for more steps); "debug" (a minute).
+EM-prior), with "_long" ("_full" for more steps), and with "_gaps" and "_gaps_nomemory" (three of four chunks have a section without
+content, whose masks are to be told from the others); "debug" (a minute).
 Data: ``EMJAX_DATA`` (default ``../shared/data``) must hold ``vnc_semantic``; its licence is non-commercial.
 """
 
@@ -25,7 +26,7 @@ import dataclasses
 import os
 
 from emjax.config import Data, Experiment, Mesh, Optimizer, Train, variant_error
-from emjax.data.augment import Elastic, FlipTranspose, GaussianNoise, Grayscale, Sam4emSlices
+from emjax.data.augment import Elastic, FlipTranspose, GaussianNoise, Grayscale, MissingSection, Sam4emSlices
 from emjax.data.pipeline import Source
 from emjax.models import sam4em as network
 from emjax.models.layers.lora import LoRA
@@ -172,7 +173,7 @@ def _debug() -> Experiment:
 def get_config(variant: str = "") -> Experiment:
     """The experiment of a variant."""
     small = {"cpu": _cpu, "gpu": _gpu}
-    rows = ["", *(f"_{row}" for row in (*sam4em.ABLATIONS, "random", "long", "stage2"))]
+    rows = ["", *(f"_{row}" for row in (*sam4em.ABLATIONS, "random", "long", "stage2", "gaps", "gaps_nomemory"))]
     known = ["", "stage1", "stage2", "reference", "debug", *(f"{machine}{row}" for machine in small for row in rows)]
     if variant not in known:
         raise variant_error(variant, known)
@@ -212,6 +213,10 @@ def _small(base: Experiment, row: str, long_steps: int) -> Experiment:
         often = long_steps // 4
         train = dataclasses.replace(base.train, steps=long_steps, validate_every=often, save_every=often // 2)
         return dataclasses.replace(base, system=sam4em.ablation(base.system, "full"), train=train)
+    if row.startswith("gaps"):
+        gap = MissingSection(p=0.75, count=1, mode="blank", value=0.5)
+        data = dataclasses.replace(base.data, augment=(*base.data.augment, gap))
+        return _small(dataclasses.replace(base, data=data), row.removeprefix("gaps").removeprefix("_"), long_steps)
     if row:
         changed = dataclasses.replace(base, system=sam4em.ablation(base.system, row))
         return _published_augmentation(changed) if row == "reference" else changed
