@@ -101,3 +101,18 @@ def test_missing_config_file(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="no get_config"):
         load(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sam4em/vnc_semantic.py:gpu_long",
+        "sam4em/mito_sbem.py:cpu_gaps_nomemory",
+        "sam4em/isbi2012.py:gpu_stage2",
+        "semantic_unet/baseline.py:mito_sbem_gpu",
+        "segneuron/pretrain.py:gpu",
+        "segneuron/finetune.py:gpu",
+    ],
+)
+def test_variants_for_a_gpu_are_sound(spec):
+    validate(load(f"{ROOT / 'configs' / spec}"))
