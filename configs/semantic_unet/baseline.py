@@ -28,8 +28,9 @@ def get_config(variant: str = "vnc_semantic") -> Experiment:
     if variant not in known:
         raise variant_error(variant, known)
     name = next((name for name in SETS if variant.startswith(name)), "vnc_semantic")
-    small, flat = variant.endswith("_cpu"), variant.endswith("_2d_cpu")
-    kind = "cpu" if small else "gpu" if variant.endswith("_gpu") else "debug" if variant == "debug" else "stage1"
+    ending = variant.rpartition("_")[2]
+    kind = ending if ending in ("cpu", "gpu", "debug") else "stage1"
+    flat = variant.endswith("_2d_cpu")
     base = load(f"{SECTIONS / name}.py:{kind}")
     crop = base.data.crop
     deep = (1, 3, 3) if flat else (3, 3, 3)
@@ -40,7 +41,7 @@ def get_config(variant: str = "vnc_semantic") -> Experiment:
         padding="replicate",
         dtype="bfloat16",
     )
-    if small:
+    if kind == "cpu":
         # 32 GFLOP a step; SAM4EM's "cpu" has 18, "cpu_full" 21.
         model = dataclasses.replace(model, patch=(1, 2, 2), widths=(12, 24, 36, 48), dtype="float32")
     if kind == "gpu":

@@ -112,6 +112,7 @@ def torch_encoder(size: str, pixels: int, batch: int, dtype: str, threads: int) 
     """A run of transformers' vision encoder with the same sizes, or None where it is not installed."""
     try:
         import torch
+        from torch_beside import device, finish
         from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
     except ImportError:
         return None
@@ -134,17 +135,15 @@ def torch_encoder(size: str, pixels: int, batch: int, dtype: str, threads: int) 
         backbone_feature_sizes=[[grid, grid], [grid // 2, grid // 2], [grid // 4, grid // 4]],
     )
     torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     torch.manual_seed(0)
     model = Sam2Model(Sam2Config(vision_config=vision)).vision_encoder
-    model = model.eval().to(device, dtype=getattr(torch, dtype))
-    images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=getattr(torch, dtype))
+    model = model.eval().to(device(), dtype=getattr(torch, dtype))
+    images = torch.randn(batch, 3, pixels, pixels, device=device(), dtype=getattr(torch, dtype))
 
     def run() -> None:
         with torch.inference_mode():
             model(images)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        finish()
 
     return run
 

@@ -109,8 +109,7 @@ class _Anything(types.ModuleType):
 def published(folder: pathlib.Path, pixels: int, threads: int) -> Callable[[np.ndarray], Any]:
     """The published network with random weights, where JAX computes too: slices (n, y, x) 0..1 to its masks."""
     import torch
-
-    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    from torch_beside import device, finish
 
     for name in ("hydra", "icecream", "torchvision", "torchvision.transforms", "iopath", "cv2", "skimage.measure"):
         try:
@@ -123,16 +122,15 @@ def published(folder: pathlib.Path, pixels: int, threads: int) -> Callable[[np.n
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     net = built.build_sam(
-        device=device, img_size=pixels, num_classes=1, is_double_masking=True, mem_slot=8, mem_avg_parm=0.3
+        device=device(), img_size=pixels, num_classes=1, is_double_masking=True, mem_slot=8, mem_avg_parm=0.3
     )
-    adapted = lora.LoRA_Sam(net, 100).sam.eval().to(device)
+    adapted = lora.LoRA_Sam(net, 100).sam.eval().to(device())
 
     def run(grey: np.ndarray) -> Any:
-        image = torch.from_numpy((grey - 0.485) / 0.229).float()[:, None].repeat(1, 3, 1, 1).to(device)
+        image = torch.from_numpy((grey - 0.485) / 0.229).float()[:, None].repeat(1, 3, 1, 1).to(device())
         with torch.inference_mode():
-            found = adapted(image, previous_mask=torch.zeros(1, pixels, pixels, device=device))
-        if device == "cuda":
-            torch.cuda.synchronize()
+            found = adapted(image, previous_mask=torch.zeros(1, pixels, pixels, device=device()))
+        finish()
         return found
 
     return run

@@ -5,8 +5,8 @@
     python eval/bench/segneuron.py --pipeline 64,256,256
 
 Prints seconds per call (wall clock, and processor time over all threads), MVox/s and the ratios, from one run in which
-the two take turns, on an accelerator both on it. Needs the extra ``torch``. ``--pipeline`` predicts by the published tiling and segments; its voxels
-are those of the volume, most of which eight tiles see.
+the two take turns, on an accelerator both on it. Needs the extra ``torch``. ``--pipeline`` predicts by the published
+tiling and segments; its voxels are those of the volume, most of which eight tiles see.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from torch_beside import device, finish
 
 from emjax.models import mnet
 from emjax.models.functional import define
@@ -101,17 +102,6 @@ class TorchMNet(torch.nn.Module):
         )
 
 
-def torch_device() -> str:
-    """Where PyTorch computes: beside JAX."""
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-
-
-def finished() -> None:
-    """Waits for PyTorch's device."""
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
-
-
 def clocks(call: Callable[[], object]) -> tuple[float, float]:
     """(wall, processor) seconds of one call."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -164,10 +154,9 @@ def main() -> None:
     state = {name: torch.from_numpy(value.copy()) for name, value in write_segneuron(collections, config.model).items()}
     reference.load_state_dict({name: state[name] for name in reference.state_dict()})
     image = jnp.asarray(rng.random((options.batch, *options.patch, 1), np.float32))
-    reference = reference.to(torch_device())
-    channels_first = torch.from_numpy(np.array(image[..., 0])[:, None]).to(torch_device())
-    collections = jax.device_put(collections)
-    half = torch.autocast(torch_device(), torch.bfloat16, enabled=options.dtype == "bfloat16")
+    reference = reference.to(device())
+    channels_first = torch.from_numpy(np.array(image[..., 0])[:, None]).to(device())
+    half = torch.autocast(device(), torch.bfloat16, enabled=options.dtype == "bfloat16")
     voxels = options.batch * int(np.prod(options.patch))
     forward = jax.jit(lambda collections, x: definition.bind(collections)(x))
 
@@ -177,7 +166,7 @@ def main() -> None:
     def theirs():
         with torch.no_grad(), half:
             found = reference(channels_first)
-        finished()
+        finish()
         return found
 
     difference = np.abs(np.moveaxis(np.asarray(ours()[0], np.float32), -1, 1) - theirs()[0].float().cpu().numpy()).max()
@@ -206,7 +195,7 @@ def _training(config, definition, collections, reference, image, channels_first,
     state = optimizer.init(params)
     wanted = segneuron.targets(config, batch)
     affinities, inside = (
-        torch.from_numpy(np.moveaxis(np.array(wanted[name]), -1, 1)).to(torch_device())
+        torch.from_numpy(np.moveaxis(np.array(wanted[name]), -1, 1)).to(device())
         for name in ("affinities", "foreground")
     )
     torch_optimizer = torch.optim.Adam(reference.parameters(), 1e-3)
@@ -220,7 +209,7 @@ def _training(config, definition, collections, reference, image, channels_first,
             ((first.float() - affinities) ** 2).sum() / voxels + ((second.float() - inside) ** 2).sum() / voxels
         ).backward()
         torch_optimizer.step()
-        finished()
+        finish()
 
     compare(
         "training step",

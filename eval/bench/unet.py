@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import torch
+from torch_beside import device, finish
 
 from emjax.config import Data, Experiment, Mesh, Optimizer, Train
 from emjax.data.pipeline import Source
@@ -127,23 +128,21 @@ def main() -> None:
         state, scalars = compiled.step(state, on_devices, key)
         jax.block_until_ready(scalars)
 
-    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-    finished = torch.cuda.synchronize if device == "cuda" else lambda: None
-    network = TorchUNet(model, 3).to(device)
+    network = TorchUNet(model, 3).to(device())
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    image = torch.from_numpy(batch["image"].astype(np.float32) / 255)[:, None].to(device)
-    target = (torch.rand(options.batch, 3, *crop, device=device) > 0.1).float()
+    image = torch.from_numpy(batch["image"].astype(np.float32) / 255)[:, None].to(device())
+    target = (torch.rand(options.batch, 3, *crop, device=device()) > 0.1).float()
 
     def torch_forward():
         with torch.no_grad():
             torch.sigmoid(network(image))
-        finished()
+        finish()
 
     def torch_step():
         optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(network(image), target).backward()
         optimizer.step()
-        finished()
+        finish()
 
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {len(jax.devices())} JAX devices "

@@ -114,5 +114,5 @@ def test_missing_config_file(tmp_path):
         "segneuron/finetune.py:gpu",
     ],
 )
-def test_variants_for_a_gpu_are_sound(spec):
+def test_variants_are_sound(spec):
     validate(load(f"{ROOT / 'configs' / spec}"))
